@@ -1,0 +1,140 @@
+"""A run saved and resumed: tensors as safetensors, everything else as JSON, nothing pickled."""
+import json
+import os
+import random
+import shutil
+from typing import Any, Dict, Tuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+MODEL_FILE = 'model.safetensors'
+STATE_FILE = 'state.safetensors'
+STATE_JSON = 'state.json'
+
+_TENSOR, _TUPLE, _ITEMS = '__tensor__', '__tuple__', '__items__'
+
+
+def save_checkpoint(folder: str, model: nn.Module, state: Any = None) -> None:
+    """Write a checkpoint folder; one that stood there before is replaced when the new one is whole.
+
+    Args:
+        folder: The folder to make.
+        model: Its weights and buffers are saved as ``model.safetensors``.
+        state: What else training needs: nested dicts, lists and tuples of tensors and plain values.
+    """
+    new, old = folder + '.new', folder + '.old'
+    shutil.rmtree(new, ignore_errors=True)
+    os.makedirs(new)
+    save_file(_distinct(model.state_dict()), os.path.join(new, MODEL_FILE), metadata={'format': 'pt'})
+    if state is not None:
+        tensors: Dict[str, torch.Tensor] = {}
+        plain = _pack(state, tensors)
+        save_file(tensors, os.path.join(new, STATE_FILE))
+        with open(os.path.join(new, STATE_JSON), 'w', encoding='utf-8') as file:
+            json.dump(plain, file)
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.isdir(folder):
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(folder: str, model: nn.Module) -> Any:
+    """Read a checkpoint folder into a model.
+
+    Args:
+        folder: What :func:`save_checkpoint` wrote.
+        model: Gets the weights and buffers.
+
+    Returns:
+        The ``state`` that was saved.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: It cannot be read, or is of another model.
+    """
+    if not os.path.isdir(folder) and os.path.isdir(folder + '.old'):  # stopped between two renames
+        folder += '.old'
+    if not os.path.isfile(os.path.join(folder, MODEL_FILE)):
+        raise FileNotFoundError(f'no checkpoint at {folder}')
+    try:
+        weights = load_file(os.path.join(folder, MODEL_FILE))
+        with open(os.path.join(folder, STATE_JSON), encoding='utf-8') as file:
+            plain = json.load(file)
+        state = _unpack(plain, load_file(os.path.join(folder, STATE_FILE)))
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f'the checkpoint {folder} is not readable: {" ".join(str(error).split())}') from error
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f'the checkpoint {folder} is of another model than {type(model).__name__} with these '
+                         'arguments: resume with the arguments it was started with') from error
+    return state
+
+
+def random_state() -> Dict[str, Any]:
+    """State of the generators of Python, NumPy and torch on the CPU and the current CUDA device."""
+    version, keys, gauss = random.getstate()
+    name, words, *rest = np.random.get_state()
+    state = {'python': (version, list(keys), gauss),
+             'numpy': (name, torch.from_numpy(np.asarray(words).astype(np.int64)), *rest),
+             'torch': torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state['cuda'] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Dict[str, Any]) -> None:
+    """Restore what :func:`random_state` gave."""
+    version, keys, gauss = state['python']
+    random.setstate((version, tuple(keys), gauss))
+    name, words, *rest = state['numpy']
+    np.random.set_state((name, words.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state['torch'])
+    if 'cuda' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'])
+
+
+def _distinct(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Contiguous copies where two names share memory, which safetensors refuses."""
+    seen: Dict[Tuple[str, int], str] = {}
+    result = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        place = (str(tensor.device), tensor.untyped_storage().data_ptr())
+        result[name] = tensor.clone() if tensor.numel() and place in seen else tensor
+        seen[place] = name
+    return result
+
+
+def _pack(value: Any, tensors: Dict[str, torch.Tensor]) -> Any:
+    """The value with its tensors moved to ``tensors``, in a form that JSON keeps exactly."""
+    if isinstance(value, torch.Tensor):
+        key = str(len(tensors))
+        tensors[key] = value.detach().clone(memory_format=torch.contiguous_format)
+        return {_TENSOR: key}
+    if isinstance(value, tuple):
+        return {_TUPLE: [_pack(item, tensors) for item in value]}
+    if isinstance(value, list):
+        return [_pack(item, tensors) for item in value]
+    if isinstance(value, dict):
+        return {_ITEMS: [[key, _pack(item, tensors)] for key, item in value.items()]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f'cannot save a {type(value).__name__} in a checkpoint')
+
+
+def _unpack(value: Any, tensors: Dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        return tensors[value[_TENSOR]]
+    if _TUPLE in value:
+        return tuple(_unpack(item, tensors) for item in value[_TUPLE])
+    return {key: _unpack(item, tensors) for key, item in value[_ITEMS]}

@@ -1,0 +1,26 @@
+"""The ``mixsize`` command: one subcommand for each thing the package does."""
+import importlib
+import sys
+from typing import List, Optional
+
+_COMMANDS = {
+    'train': ('mixsize_timm.train', 'train a timm model; takes what "python -m mixsize_timm.train" takes'),
+}
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run a subcommand with the arguments behind it; its exit code, or 2 if there is no such command."""
+    argv = sys.argv[1:] if argv is None else argv
+    names = '\n'.join(f'  {name:<10} {text}' for name, (_, text) in _COMMANDS.items())
+    if argv and argv[0] in ('-h', '--help'):
+        print(f'usage: mixsize COMMAND ...\n\n{names}')
+        return 0
+    if not argv or argv[0] not in _COMMANDS:
+        what = f'no command {argv[0]!r}' if argv else 'which command?'
+        print(f'mixsize: error: {what} Choose from: {", ".join(_COMMANDS)}', file=sys.stderr)
+        return 2
+    return importlib.import_module(_COMMANDS[argv[0]][0]).main(argv[1:])
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""The MixSize loader: images decoded once, duplicated, and transformed for the size of their step."""
+import copy
+import logging
+import random
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import numpy as np
+import timm.data
+import torch
+from PIL import Image
+from timm.data.loader import PrefetchLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from .regime import Regime
+from .sampler import Group, MixSizeBatchSampler
+
+_logger = logging.getLogger(__name__)
+
+_MAX_UNREADABLE = 10  # images in a row, as in timm
+
+
+class MixSizeDataset(Dataset):
+    """Answers a :class:`~mixsize_timm.sampler.Group` with its samples, each image decoded once.
+
+    An augmentation is a function of (seed, epoch, image, duplicate): the number of workers or processes changes no
+    pixel, and neither does what was drawn before. The caller's random state is left as it was.
+
+    Args:
+        dataset: Map-style data set of PIL images and targets, without a transform.
+        transforms: A transform for each size in pixels.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, dataset: Dataset, transforms: Dict[int, Callable], seed: int = 42) -> None:
+        self.dataset = dataset
+        self.transforms = transforms
+        self.seed = seed
+
+    def __getitems__(self, group: Group) -> List[Tuple[Any, Any]]:
+        """``batch * duplicates`` samples, the duplicates of an image one after the other."""
+        assert group.images is not None, 'a MixSize loader plans its own images'
+        transform = self.transforms[group.size]
+        samples = []
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        try:
+            for index in group.images.tolist():
+                image, target = self._read(index)
+                for duplicate in range(group.duplicates):
+                    _seed(self.seed, group.epoch, index, duplicate)
+                    samples.append((transform(image), target))
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+        return samples
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def _read(self, index: int) -> Tuple[Any, Any]:
+        """The decoded image and its target; for one that cannot be read the next that can, with a warning."""
+        for offset in range(_MAX_UNREADABLE):
+            candidate = (index + offset) % len(self)
+            try:
+                return _decode(self.dataset, candidate)
+            except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files
+                name = _filename(self.dataset, candidate)
+                _logger.warning('Cannot read image %s, the next one takes its place: %s', name, error)
+        raise RuntimeError(f'{_MAX_UNREADABLE} images in a row cannot be read, the last one {name}')
+
+
+def _decode(dataset: Any, index: int) -> Tuple[Any, Any]:
+    """One image and target. timm's own data set would answer an unreadable file silently with another, so its reader
+    is read."""
+    if not isinstance(dataset, timm.data.ImageDataset) or dataset.load_bytes:
+        return dataset[index]
+    file, target, *_ = dataset.reader[index]
+    with Image.open(file) as image:
+        decoded = image.convert(dataset.input_img_mode) if dataset.input_img_mode else image.copy()
+    if target is None:
+        target = -1
+    elif dataset.target_transform is not None:
+        target = dataset.target_transform(target)
+    return decoded, target
+
+
+def _filename(dataset: Any, index: int) -> str:
+    try:
+        return str(dataset.filename(index, absolute=True))
+    except (AttributeError, TypeError):
+        return f'number {index}'
+
+
+def _seed(*key: int) -> None:
+    """Seed the three generators that timm's and torchvision's transforms draw from.
+
+    ``torch.manual_seed`` would take a hundred times as long: it visits every device.
+    """
+    state = 0x9E3779B97F4A7C15
+    for part in key:  # the mixing step of SplitMix64, so that neighbouring keys give unlike streams
+        state = (state ^ part) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    random.seed(state)
+    np.random.seed(state >> 32)
+    torch.default_generator.manual_seed(state)
+
+
+class MixSizeLoader:
+    """What :func:`create_loader` returns: iterates over ``(images, targets)``, one pair for each group of the plan.
+
+    An iteration that runs to its end moves on to the next epoch; :meth:`set_epoch` chooses one.
+
+    Attributes:
+        batch_sampler: The :class:`~mixsize_timm.sampler.MixSizeBatchSampler`; its ``plan`` is the epoch's.
+        dataset: The :class:`MixSizeDataset`.
+    """
+
+    def __init__(self, loader: Any, batch_sampler: MixSizeBatchSampler) -> None:
+        self.loader = loader
+        self.batch_sampler = batch_sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration walks."""
+        self.batch_sampler.set_epoch(epoch)
+
+    @property
+    def dataset(self) -> Dataset:
+        return self.loader.dataset
+
+    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        epoch = self.batch_sampler.epoch
+        yield from self.loader
+        if self.batch_sampler.epoch == epoch:
+            self.set_epoch(epoch + 1)
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __getattr__(self, name: str) -> Any:  # timm's mixup switch and the like
+        if name == 'loader':
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+
+def create_loader(
+        dataset: Dataset,
+        input_size: Any,
+        batch_size: int,
+        is_training: bool = False,
+        *,
+        regime: Optional[Regime] = None,
+        seed: int = 42,
+        rank: Optional[int] = None,
+        world_size: Optional[int] = None,
+        grad_accum_steps: int = 1,
+        drop: str = 'tail',
+        **kwargs: Any,
+) -> Any:
+    """timm's ``create_loader`` with a regime; without one it *is* timm's.
+
+    Args:
+        dataset: Map-style data set of PIL images, such as ``timm.data.create_dataset`` makes. It is not changed.
+        input_size: Base size, as timm takes it: ``(channels, height, width)``.
+        batch_size: Distinct images per process at the base size; with a regime it must be the regime's.
+        is_training: Must be true with a regime.
+        regime: Sizes, batches and duplicates of the steps.
+        seed: Seed of the plan and of the augmentations.
+        rank: This process; by default asked of ``torch.distributed`` if ``distributed`` is set, else 0.
+        world_size: Number of processes, likewise.
+        grad_accum_steps: Groups of one size that make an optimizer step.
+        drop: See :func:`~mixsize_timm.sampler.size_batches`.
+        **kwargs: Every other argument of ``timm.data.create_loader``, with its meaning.
+
+    Returns:
+        With a regime a :class:`MixSizeLoader`, giving images ``[B·D, C, S, S]`` of this process and targets ``[B·D]``
+        (dense ones with mixup), the duplicates of an image one after the other; normalised on ``device`` as timm's
+        prefetcher does, in a single pool of workers for all sizes. Else timm's loader.
+
+    Raises:
+        TypeError: The data set is iterable-style.
+        ValueError: The arguments contradict the regime, or no size gets a step.
+    """
+    if regime is None:
+        return timm.data.create_loader(dataset, input_size, batch_size, is_training, **kwargs)
+    if not is_training:
+        raise ValueError('a regime is for training: leave it out of an evaluation loader')
+    if isinstance(dataset, IterableDataset):
+        raise TypeError('MixSize needs a data set with random access, and this one streams: use --mixsize off')
+    if batch_size != regime.batch_size:
+        raise ValueError(f'batch_size {batch_size} is not the {regime.batch_size} of the regime')
+    if kwargs.pop('distributed', False) and world_size is None:
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    sampler = MixSizeBatchSampler(
+        len(dataset), regime, seed, rank or 0, world_size or 1, grad_accum_steps, drop)  # type: ignore[arg-type]
+
+    # timm's own loader of scheduled sizes makes the transforms, collation and prefetcher from its arguments
+    kwargs.setdefault('device', torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
+    template = timm.data.create_loader(
+        copy.copy(dataset), input_size, 1, True, input_size_choices=regime.sizes, num_batches=1, **kwargs)
+    inner = template.loader if isinstance(template, PrefetchLoader) else template
+    scheduled: Any = inner.dataset
+    loader: Any = DataLoader(
+        MixSizeDataset(scheduled.dataset, dict(zip(regime.sizes, scheduled.transforms)), seed),
+        batch_sampler=sampler,  # type: ignore[arg-type]
+        num_workers=inner.num_workers,
+        collate_fn=inner.collate_fn,
+        pin_memory=inner.pin_memory,
+        worker_init_fn=inner.worker_init_fn,
+        persistent_workers=inner.persistent_workers,
+    )
+    if isinstance(template, PrefetchLoader):
+        template.loader = loader
+        loader = template
+    return MixSizeLoader(loader, sampler)

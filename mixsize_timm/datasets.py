@@ -1,0 +1,118 @@
+"""Data sets: the embedded digits, and timm's with their faults found before the first step."""
+import os
+from typing import Any, Callable, List, Optional, Tuple
+
+import numpy as np
+import timm.data
+from PIL import Image
+from torch.utils.data import Dataset
+
+DIGITS = 'digits'
+_TRAIN_SPLITS = ('train', 'training')
+
+
+class DigitsDataset(Dataset):
+    """scikit-learn's digits: 1,797 scans of handwritten digits, 8×8 pixels in 17 grey levels, ten classes.
+
+    The split is fixed, stratified by class: 1,437 images for training and 360 for validation. An item is a PIL
+    image and its class; where a ``transform`` is set, as timm's ``create_loader`` does, its result and the class.
+
+    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI (CC BY 4.0), the test part.
+
+    Args:
+        split: ``train`` or ``training`` for the training images; any other name for the validation images.
+        input_img_mode: PIL mode of the images.
+    """
+    NUM_VALIDATION = 360
+
+    def __init__(self, split: str = 'train', input_img_mode: str = 'RGB') -> None:
+        from sklearn.datasets import load_digits  # slow to import, and needed here only
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        parts = train_test_split(
+            np.arange(len(digits.target)), test_size=self.NUM_VALIDATION, stratify=digits.target, random_state=0)
+        chosen = np.sort(parts[0] if split in _TRAIN_SPLITS else parts[1])
+        self.images = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # [N, 8, 8]
+        self.targets = digits.target[chosen].astype(np.int64)
+        self.classes = [str(name) for name in digits.target_names]
+        self.input_img_mode = input_img_mode
+        self.transform: Optional[Callable] = None
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        image: Any = Image.fromarray(self.images[index]).convert(self.input_img_mode)
+        if self.transform is not None:
+            image = self.transform(image)
+        return image, int(self.targets[index])
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+def create_dataset(name: str, root: Optional[str] = None, split: str = 'validation', **kwargs: Any) -> Dataset:
+    """timm's ``create_dataset``, and ``digits`` as one more name; what cannot work is said here.
+
+    Args:
+        name: Any name that ``timm.data.create_dataset`` knows, or ``digits``.
+        root: Root folder, as timm has it.
+        split: Split, as timm has it.
+        **kwargs: The other arguments of ``timm.data.create_dataset``.
+
+    Raises:
+        FileNotFoundError: The folder does not exist, or holds no images.
+        ValueError: A class folder is empty, or timm does not know the name.
+    """
+    if name == DIGITS:
+        return DigitsDataset(split, kwargs.get('input_img_mode', 'RGB'))
+    if '/' not in name and not os.path.exists(root or ''):
+        raise FileNotFoundError(f'no data at {root!r}: check --data-dir')
+    try:
+        dataset = timm.data.create_dataset(name, root=root, split=split, **kwargs)
+    except (AssertionError, RuntimeError, OSError, ImportError) as error:  # as timm and the libraries behind it refuse
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise ValueError(f'cannot open the {split!r} split of {name or root!r}: {reason}') from error
+    if hasattr(dataset, '__len__') and not len(dataset) and hasattr(dataset, '__getitem__'):
+        raise FileNotFoundError(f'the {split!r} split of {name or root!r} holds no images')
+    if not kwargs.get('class_map'):
+        _check_class_folders(dataset)
+    return dataset
+
+
+def class_names(dataset: Dataset) -> Optional[List[str]]:
+    """Names of a data set's classes in the order of their indices, or ``None`` where it does not tell them."""
+    index = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or getattr(dataset, 'class_to_idx', None)
+    if index:
+        return [str(name) for name, _ in sorted(index.items(), key=lambda item: item[1])]
+    names = getattr(dataset, 'classes', None)
+    return [str(name) for name in names] if names is not None else None
+
+
+def check_classes(train: Dataset, validation: Optional[Dataset], num_classes: int) -> None:
+    """Refuse class counts and names that disagree.
+
+    Raises:
+        ValueError: The data has more classes than the model, or the two splits number their classes differently.
+    """
+    names = class_names(train)
+    if names is None:
+        return
+    if len(names) > num_classes:
+        raise ValueError(f'the data has {len(names)} classes, the model {num_classes}: use --num-classes {len(names)}')
+    other = class_names(validation) if validation is not None else None
+    if other is not None and other != names:
+        odd = sorted(set(names) ^ set(other)) or ['the order of the classes']
+        raise ValueError(f'the training and the validation split differ in {", ".join(odd[:5])}: '
+                         'labels would not mean the same; give both the same class folders, or a --class-map')
+
+
+def _check_class_folders(dataset: Dataset) -> None:
+    reader = getattr(dataset, 'reader', None)
+    root, index = getattr(reader, 'root', None), getattr(reader, 'class_to_idx', None)
+    if index is None or not isinstance(root, str) or not os.path.isdir(root):
+        return
+    with os.scandir(root) as entries:
+        folders = [e.path for e in entries if e.is_dir() and e.name not in index and not e.name.startswith('.')]
+    empty = [path for path in sorted(folders) if not any(e.is_dir() for e in os.scandir(path))]
+    if empty:
+        raise ValueError(f'the class folder {empty[0]!r} holds no images: add some, remove the folder, '
+                         'or list the classes in a --class-map')

@@ -1,0 +1,275 @@
+"""The epoch plan, and the batch sampler that walks it.
+
+An epoch is a function of (regime, number of images, seed, epoch, world size): every rank computes the same plan and
+takes its own slice of each group, so no communication is needed to agree on a size.
+"""
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from .regime import DROP_RULES, Regime
+
+
+class Group(NamedTuple):
+    """What the loader reads at once: ``batch`` images of one size, each ``duplicates`` times.
+
+    Consecutive groups with the same ``step`` accumulate into one optimizer step.
+    """
+    size: int  # pixels
+    batch: int  # distinct images, over all ranks
+    duplicates: int  # augmented copies of each
+    step: int  # optimizer step of the epoch that it belongs to
+    weight: float  # its share of the step's images, what its loss counts for
+    ends_step: bool  # the optimizer steps after it
+    epoch: int
+    images: Optional[np.ndarray]  # indices into the data set; a rank's own where taken by rank
+
+
+@dataclass(frozen=True, eq=False)
+class EpochPlan:
+    """The groups of one epoch in the order of training, as arrays of one entry a group.
+
+    Args:
+        size: Image size in pixels, int ``[groups]``.
+        batch: Distinct images over all ranks, int ``[groups]``.
+        duplicates: Augmented copies of each image, int ``[groups]``.
+        step: Optimizer step each group belongs to, int ``[groups]``, not decreasing.
+        start: Where the group's images start in ``order``, int ``[groups]``.
+        order: Permutation of the data set's indices, or ``None`` where a loader of timm's chooses the images.
+        num_images: Images in the data set.
+        epoch: Epoch the plan is for.
+    """
+    size: np.ndarray
+    batch: np.ndarray
+    duplicates: np.ndarray
+    step: np.ndarray
+    start: np.ndarray
+    order: Optional[np.ndarray]
+    num_images: int
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        return len(self.size)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the epoch."""
+        return int(self.step[-1]) + 1 if len(self) else 0
+
+    @property
+    def dropped(self) -> int:
+        """Images of the data set that the epoch does not use."""
+        return self.num_images - int(self.batch.sum())
+
+    def groups(self, rank: int = 0, world_size: int = 1) -> Iterator[Group]:
+        """The groups with the images of one rank; by default with those of all."""
+        work = self.batch * self.duplicates
+        weights = work / np.bincount(self.step, weights=work)[self.step] if len(self) else work
+        ends = np.append(self.step[1:] != self.step[:-1], True)
+        for i in range(len(self)):
+            images = None
+            if self.order is not None:
+                share = int(self.batch[i]) // world_size
+                first = int(self.start[i]) + rank * share
+                images = self.order[first:first + share]
+            yield Group(int(self.size[i]), int(self.batch[i]), int(self.duplicates[i]), int(self.step[i]),
+                        float(weights[i]), bool(ends[i]), self.epoch, images)
+
+    @classmethod
+    def of_loader(cls, num_batches: int, size: int, batch: int, grad_accum_steps: int = 1, epoch: int = 0):
+        """The plan of a loader that is not ours: equal batches, accumulated as timm does."""
+        ones = np.ones(num_batches, dtype=np.int64)
+        index = np.arange(num_batches)
+        return cls(ones * size, ones * batch, ones, index // grad_accum_steps, index * batch, None,
+                   num_batches * batch, epoch)
+
+
+def size_batches(
+        regime: Regime,
+        num_images: int,
+        world_size: int = 1,
+        drop: str = 'tail',
+) -> Dict[int, List[int]]:
+    """The batches, counted over all ranks, that an epoch trains at each size.
+
+    The paper's rule gives a size with probability ``p`` the share ``p`` of the images and drops what does not fill
+    a batch. On small data or many ranks that loses whole sizes, so by default a share too small for one batch is
+    trained as one smaller batch, and what is left of all shares goes to the smallest batches that it fills.
+
+    Args:
+        regime: The regime.
+        num_images: Images in the data set.
+        world_size: Processes that share each batch. Batches are multiples of it.
+        drop: ``tail`` as above, or ``reference`` for the paper's rule.
+
+    Returns:
+        For each size, ascending, its batches; an empty list for a size that gets none.
+    """
+    if drop not in DROP_RULES:
+        raise ValueError(f'drop must be one of {", ".join(DROP_RULES)}, not {drop!r}')
+    full = {size: regime.group(size)[0] * world_size for size in regime.sizes}
+    multiple = regime.batch_multiple * world_size
+    batches: Dict[int, List[int]] = {}
+    left = 0
+    for size, share in zip(regime.sizes, image_shares(regime.probs, num_images)):
+        count = share // full[size]
+        batches[size] = [full[size]] * count
+        shrunk = share // multiple * multiple
+        if drop == 'tail' and not count and shrunk * regime.group(size)[1] > world_size:  # one image has no variance
+            batches[size] = [shrunk]
+        left += share - sum(batches[size])
+    if drop == 'tail':
+        for size in sorted(full, key=lambda s: full[s]):
+            if full[size] <= left:
+                batches[size].append(full[size])
+                left -= full[size]
+        smallest = min(full, key=lambda s: full[s])
+        batches[smallest] += [full[smallest]] * (left // full[smallest])
+    return batches
+
+
+def image_shares(probs: Sequence[float], num_images: int) -> List[int]:
+    """Split ``num_images`` by probability, exactly: the largest remainders get the images that rounding leaves."""
+    exact = [p * num_images for p in probs]
+    shares = [int(x) for x in exact]
+    by_remainder = sorted(range(len(probs)), key=lambda i: (shares[i] - exact[i], i))
+    for i in by_remainder[:num_images - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def plan_epoch(
+        regime: Regime,
+        num_images: int,
+        *,
+        seed: int = 42,
+        epoch: int = 0,
+        world_size: int = 1,
+        grad_accum_steps: int = 1,
+        drop: str = 'tail',
+) -> EpochPlan:
+    """Plan one epoch: a fresh partition of the images over the sizes, cut into groups, the steps shuffled.
+
+    Args:
+        regime: The regime.
+        num_images: Images in the data set.
+        seed: Seed of the run.
+        epoch: Epoch, counted from zero.
+        world_size: Processes that share each group.
+        grad_accum_steps: Groups of one size that make an optimizer step.
+        drop: See :func:`size_batches`.
+
+    Returns:
+        The plan, equal for equal arguments on every machine.
+
+    Raises:
+        ValueError: No size gets a step.
+    """
+    batches = size_batches(regime, num_images, world_size, drop)
+    if not any(batches.values()):
+        raise ValueError(f'{num_images} images on {world_size} processes make no batch at any size of the regime: '
+                         'lower the batch size or add images')
+    rng = np.random.default_rng([seed, epoch])
+    order = np.arange(num_images, dtype=np.int32 if num_images < 2**31 else np.int64)
+    rng.shuffle(order)
+
+    steps: List[Tuple[int, List[int]]] = []  # (size, batches of its groups)
+    for size, of_size in batches.items():
+        steps += [(size, of_size[i:i + grad_accum_steps]) for i in range(0, len(of_size), grad_accum_steps)]
+    shuffled = [steps[i] for i in rng.permutation(len(steps))]
+    size = np.array([s for s, groups in shuffled for _ in groups])
+    batch = np.array([b for _, groups in shuffled for b in groups])
+    step = np.repeat(np.arange(len(shuffled)), [len(groups) for _, groups in shuffled])
+    duplicates = np.array([regime.group(s)[1] for s in size.tolist()])
+    return EpochPlan(size, batch, duplicates, step, np.cumsum(batch) - batch, order, num_images, epoch)
+
+
+class MixSizeBatchSampler(Sampler[Group]):
+    """Batch sampler for a ``DataLoader``: yields this rank's :class:`Group` for every group of the epoch's plan.
+
+    Call :meth:`set_epoch` before each epoch, as with torch's ``DistributedSampler``.
+
+    Args:
+        num_images: Images in the data set.
+        regime: The regime.
+        seed: Seed of the run, equal on all ranks.
+        rank: This process.
+        world_size: Number of processes.
+        grad_accum_steps: Groups of one size that make an optimizer step.
+        drop: See :func:`size_batches`.
+
+    Raises:
+        ValueError: No size gets a step.
+    """
+
+    def __init__(
+            self,
+            num_images: int,
+            regime: Regime,
+            seed: int = 42,
+            rank: int = 0,
+            world_size: int = 1,
+            grad_accum_steps: int = 1,
+            drop: str = 'tail',
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f'rank {rank} is not one of {world_size} processes')
+        self.regime = regime
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self._plan = lru_cache(maxsize=1)(lambda epoch: plan_epoch(
+            regime, num_images, seed=seed, epoch=epoch, world_size=world_size, grad_accum_steps=grad_accum_steps,
+            drop=drop))
+        self._length = len(self.plan)
+
+    @property
+    def plan(self) -> EpochPlan:
+        """The plan of the current epoch."""
+        return self._plan(self.epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration walks."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Group]:
+        return self.plan.groups(self.rank, self.world_size)
+
+    def __len__(self) -> int:
+        return self._length
+
+
+def describe_plan(regime: Regime, num_images: int, world_size: int = 1, drop: str = 'tail') -> Tuple[str, List[str]]:
+    """What a regime makes of a data set: a table of the sizes, and what the user should be warned of.
+
+    Args:
+        regime: The regime.
+        num_images: Images in the data set.
+        world_size: Processes that share each batch.
+        drop: See :func:`size_batches`.
+
+    Returns:
+        The table, and one line for every size without a step and for more than a tenth of the images dropped.
+    """
+    batches = size_batches(regime, num_images, world_size, drop)
+    lines = [' size  share   batch  dup   groups   images   work']
+    for size, prob in zip(regime.sizes, regime.probs):
+        batch, duplicates = regime.group(size)
+        lines.append(f'{size:>5d}  {prob:>5.3f}  {batch * world_size:>6d}  {duplicates:>3d}  {len(batches[size]):>7d}  '
+                     f'{sum(batches[size]):>7d}  {regime.relative_work(size):>4.2f}x')
+    peak = max(regime.sizes, key=regime.relative_work)
+    dropped = num_images - sum(map(sum, batches.values()))
+    lines.append(f'mean size {regime.mean_size:.1f} px, mean batch {regime.mean_batch * world_size:.1f}, an epoch '
+                 f'{regime.relative_cost:.2f}x the pixels of one at {regime.base_size} px; '
+                 f'peak work {regime.relative_work(peak):.2f}x at {peak} px')
+    warnings = [f'No step at {size} px: its share of {prob:.3g} of {num_images} images fills no batch'
+                for size, prob in zip(regime.sizes, regime.probs) if not batches[size]]
+    if dropped > num_images / 10:
+        warnings.append(f'{dropped} of {num_images} images ({dropped / num_images:.0%}) are dropped in every epoch: '
+                        'lower the batch size')
+    if any(regime.relative_work(size) > 1.1 for size in regime.sizes):
+        lines.append('a step of over 1x needs as much more memory; --mixsize-max-work 1 lowers its batch')
+    return '\n'.join(lines), warnings

@@ -1,0 +1,163 @@
+"""The epoch plan: coverage, equality across ranks, determinism, shares."""
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixsize_timm.regime import Regime
+from mixsize_timm.sampler import EpochPlan, MixSizeBatchSampler, describe_plan, image_shares, plan_epoch, size_batches
+
+REGIMES = [
+    Regime.preset('cifar', 32, batch_size=16, adapt='d+'),
+    Regime.preset('cifar', 32, batch_size=16, adapt='b+'),
+    Regime.preset('s224', 224, batch_size=8, adapt='bd+', duplicates=2),
+]
+
+
+def epoch_of_rank(regime, rank, world_size, **kwargs):
+    sampler = MixSizeBatchSampler(1437, regime, rank=rank, world_size=world_size, **kwargs)
+    return sampler, list(sampler)
+
+
+@pytest.mark.parametrize('world_size', [1, 2, 4])
+@pytest.mark.parametrize('regime', REGIMES, ids=lambda r: r.adapt)
+def test_ranks_together_see_each_planned_image_once(regime, world_size):
+    ranks = [epoch_of_rank(regime, rank, world_size) for rank in range(world_size)]
+    seen = np.concatenate([group.images for _, groups in ranks for group in groups])
+    dropped = ranks[0][0].plan.dropped
+    assert len(seen) == 1437 - dropped
+    assert len(np.unique(seen)) == len(seen)
+    assert dropped < min(regime.group(s)[0] for s in regime.sizes) * world_size
+
+
+@pytest.mark.parametrize('world_size', [2, 4])
+@pytest.mark.parametrize('regime', REGIMES, ids=lambda r: r.adapt)
+def test_all_ranks_take_the_same_shape_at_the_same_step(regime, world_size):
+    shapes = [[(g.size, len(g.images), g.batch, g.duplicates, g.step) for g in epoch_of_rank(regime, r, world_size)[1]]
+              for r in range(world_size)]
+    assert all(s == shapes[0] for s in shapes[1:])
+
+
+def test_one_seed_gives_one_plan_and_another_epoch_another():
+    def signature(seed, epoch):
+        plan = plan_epoch(REGIMES[0], 1437, seed=seed, epoch=epoch)
+        return plan.order.tolist(), plan.size.tolist()
+    assert signature(1, 0) == signature(1, 0)
+    for other in (signature(1, 1), signature(2, 0)):
+        assert signature(1, 0)[0] != other[0] and signature(1, 0)[1] != other[1]
+
+
+def test_the_plan_is_pinned():
+    """A change of the stream would break the resumption of every run that is under way."""
+    plan = plan_epoch(Regime.preset('cifar', 32, batch_size=4), 40, seed=42, epoch=3)
+    assert plan.order[:8].tolist() == [28, 39, 29, 25, 8, 10, 24, 11]
+    assert plan.size.tolist() == [24, 16, 24, 16, 24, 32, 32, 32, 48, 48, 48, 48]
+
+
+def test_a_fresh_partition_gives_an_image_every_size_in_time():
+    sizes = set()
+    for epoch in range(40):
+        for group in plan_epoch(REGIMES[0], 1437, epoch=epoch).groups():
+            if 7 in group.images:
+                sizes.add(group.size)
+    assert sizes == {16, 24, 32, 48}
+
+
+def test_steps_of_all_sizes_are_shuffled_together():
+    sizes = plan_epoch(REGIMES[0], 1437).size
+    changes = np.count_nonzero(sizes[1:] != sizes[:-1])
+    assert changes > len(sizes) / 3
+
+
+def test_shares_are_over_images():
+    regime = Regime.preset('s144', 224, batch_size=64, adapt='b+')
+    plan = plan_epoch(regime, 200_000)
+    for size, prob in zip(regime.sizes, regime.probs):
+        assert plan.batch[plan.size == size].sum() / 200_000 == pytest.approx(prob, abs=0.005)
+
+
+def test_small_data_on_many_ranks_loses_no_size():
+    regime = Regime.preset('s224', 224, batch_size=64, adapt='d+')
+    ours = size_batches(regime, 3068, world_size=8)
+    assert all(ours.values())
+    assert sum(map(sum, ours.values())) > 3068 * 0.9
+    assert all(batch % 8 == 0 for batches in ours.values() for batch in batches)
+    reference = size_batches(regime, 3068, world_size=8, drop='reference')
+    assert [size for size, batches in reference.items() if not batches] == [128, 160, 192, 256, 288]
+    assert 1 - sum(map(sum, reference.values())) / 3068 == pytest.approx(0.75, abs=0.01)
+
+
+def test_reference_rule_drops_the_tail_of_each_size():
+    regime = Regime.preset('cifar', 32, batch_size=64, adapt='b+')
+    batches = size_batches(regime, 1437, drop='reference')
+    shares = dict(zip(regime.sizes, image_shares(regime.probs, 1437)))
+    assert {s: sum(b) for s, b in batches.items()} == {
+        s: shares[s] // regime.group(s)[0] * regime.group(s)[0] for s in regime.sizes}
+
+
+def test_what_is_lost_is_said():
+    regime = Regime.preset('s224', 224, batch_size=64)
+    table, warnings = describe_plan(regime, 3068, world_size=8, drop='reference')
+    assert '320' in table and 'peak work 1.65x at 288 px' in table
+    assert [w for w in warnings if 'No step at 128 px' in w] and [w for w in warnings if '75% ' in w or '(75%)' in w]
+    assert describe_plan(regime, 50_000)[1] == []
+
+
+def test_no_batch_at_all_is_an_error():
+    with pytest.raises(ValueError, match='make no batch at any size'):
+        MixSizeBatchSampler(3, Regime.fixed(32, batch_size=8), world_size=8)
+
+
+def test_accumulated_groups_share_a_size_and_sum_to_one():
+    plan = plan_epoch(REGIMES[1], 1437, grad_accum_steps=3)
+    groups = list(plan.groups())
+    by_step = [[g for g in groups if g.step == step] for step in range(plan.num_steps)]
+    assert max(map(len, by_step)) == 3
+    for step in by_step:
+        assert len({g.size for g in step}) == 1
+        assert sum(g.weight for g in step) == pytest.approx(1)
+        assert [g.ends_step for g in step] == [False] * (len(step) - 1) + [True]
+
+
+def test_plan_of_a_foreign_loader_accumulates_as_timm():
+    plan = EpochPlan.of_loader(7, size=32, batch=8, grad_accum_steps=3)
+    groups = list(plan.groups())
+    assert [g.ends_step for g in groups] == [False, False, True, False, False, True, True]
+    assert [g.weight for g in groups] == pytest.approx([1 / 3] * 6 + [1])
+    assert plan.num_steps == 3 and groups[0].images is None
+
+
+def test_index_arrays_stay_small():
+    plan = plan_epoch(Regime.preset('s224', batch_size=128), 1_281_167)
+    assert plan.order.dtype == np.int32 and plan.order.nbytes < 6e6
+    assert plan.dropped < 128
+
+
+@settings(deadline=None)
+@given(
+    num_images=st.integers(1, 5000), world_size=st.integers(1, 8), batch_size=st.integers(4, 96),
+    adapt=st.sampled_from(['b+', 'd+', 'bd+', 'none']), multiple=st.sampled_from([1, 2]),
+    drop=st.sampled_from(['tail', 'reference']), accum=st.integers(1, 3))
+def test_any_plan_is_whole(num_images, world_size, batch_size, adapt, multiple, drop, accum):
+    regime = Regime.preset('cifar', 32, batch_size=batch_size, adapt=adapt, batch_multiple=multiple)
+    batches = size_batches(regime, num_images, world_size, drop)
+    assert all(b % (world_size * multiple) == 0 and b > 0 for group in batches.values() for b in group)
+    used = sum(map(sum, batches.values()))
+    assert used <= num_images
+    if not used:
+        return
+    plan = plan_epoch(regime, num_images, world_size=world_size, drop=drop, grad_accum_steps=accum)
+    images = np.concatenate([g.images for rank in range(world_size) for g in plan.groups(rank, world_size)])
+    assert len(np.unique(images)) == len(images) == used == num_images - plan.dropped
+    assert images.min() >= 0 and images.max() < num_images
+    if drop == 'tail':
+        smallest = min(regime.group(s)[0] for s in regime.sizes) * world_size
+        assert plan.dropped < smallest
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=9), st.integers(0, 10_000))
+def test_shares_add_up(weights, num_images):
+    probs = [w / sum(weights) for w in weights]
+    shares = image_shares(probs, num_images)
+    assert sum(shares) == num_images
+    assert all(abs(share - p * num_images) < 1 + 1e-6 for share, p in zip(shares, probs))
