@@ -1,9 +1,8 @@
 """Train timm models at mixed image sizes."""
+from ._version import __version__
 from .calibration import calibrate
 from .data import create_loader
 from .regime import Regime
 from .smoothing import GradientSmoother
 
-from ._version import __version__
-
-__all__ = ['GradientSmoother', 'Regime', 'calibrate', 'create_loader']
+__all__ = ['GradientSmoother', 'Regime', '__version__', 'calibrate', 'create_loader']

@@ -303,7 +303,8 @@ def _set_defaults(parser: argparse.ArgumentParser, values: Dict[str, Any]) -> No
     known = {action.dest for action in parser._actions}
     for key in values.keys() - known:
         close = difflib.get_close_matches(str(key), known, 1)
-        _logger.warning('Unknown argument %r in the configuration%s', key, f': did you mean {close[0]!r}?' if close else '')
+        _logger.warning('Unknown argument %r in the configuration%s', key,
+                        f': did you mean {close[0]!r}?' if close else '')
     parser.set_defaults(**{key: value for key, value in values.items() if key in known})
 
 

@@ -20,7 +20,7 @@ _MAX_UNREADABLE = 10  # images in a row, as in timm
 
 
 class MixSizeDataset(Dataset):
-    """Answers a :class:`~mixsize_timm.sampler.Group` with its samples, each image decoded once.
+    """Answers a :class:`~mixsize_timm.sampler.Group` with its batch, each image decoded once.
 
     An augmentation is a function of (seed, epoch, image, duplicate): the number of workers or processes changes no
     pixel, and neither does what was drawn before. The caller's random state is left as it was.
@@ -28,19 +28,30 @@ class MixSizeDataset(Dataset):
     Args:
         dataset: Map-style data set of PIL images and targets, without a transform.
         transforms: A transform for each size in pixels.
+        collate_fn: Makes a batch of a list of samples; timm's mixup is one.
         seed: Seed of the run.
+        mixup_off_epoch: Epoch from which a mixup ``collate_fn`` no longer mixes; 0 for never.
     """
 
-    def __init__(self, dataset: Dataset, transforms: Dict[int, Callable], seed: int = 42) -> None:
+    def __init__(
+            self,
+            dataset: Dataset,
+            transforms: Dict[int, Callable],
+            collate_fn: Callable,
+            seed: int = 42,
+            mixup_off_epoch: int = 0,
+    ) -> None:
         self.dataset = dataset
         self.transforms = transforms
+        self.collate_fn: Any = collate_fn
         self.seed = seed
+        self.mixup_off_epoch = mixup_off_epoch
 
-    def __getitems__(self, group: Group) -> List[Tuple[Any, Any]]:
-        """``batch * duplicates`` samples, the duplicates of an image one after the other."""
+    def __getitems__(self, group: Group) -> Any:
+        """The batch of ``batch * duplicates`` samples, the duplicates of an image one after the other."""
         assert group.images is not None, 'a MixSize loader plans its own images'
         transform = self.transforms[group.size]
-        samples = []
+        samples: List[Tuple[Any, Any]] = []
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         try:
             for index in group.images.tolist():
@@ -48,11 +59,14 @@ class MixSizeDataset(Dataset):
                 for duplicate in range(group.duplicates):
                     _seed(self.seed, group.epoch, index, duplicate)
                     samples.append((transform(image), target))
+            if self.mixup_off_epoch:  # here, for a worker would not see a switch that is thrown in the main process
+                self.collate_fn.mixup_enabled = group.epoch < self.mixup_off_epoch
+            _seed(self.seed, group.epoch, int(group.images[0]), -1)
+            return self.collate_fn(samples)
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
             torch.set_rng_state(states[2])
-        return samples
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -71,7 +85,8 @@ class MixSizeDataset(Dataset):
 
 def _decode(dataset: Any, index: int) -> Tuple[Any, Any]:
     """One image and target. timm's own data set would answer an unreadable file silently with another, so its reader
-    is read."""
+    is read.
+    """
     if not isinstance(dataset, timm.data.ImageDataset) or dataset.load_bytes:
         return dataset[index]
     file, target, *_ = dataset.reader[index]
@@ -104,6 +119,10 @@ def _seed(*key: int) -> None:
     random.seed(state)
     np.random.seed(state >> 32)
     torch.default_generator.manual_seed(state)
+
+
+def _collated(batch: Any) -> Any:
+    return batch
 
 
 class MixSizeLoader:
@@ -144,7 +163,7 @@ class MixSizeLoader:
 
 
 def create_loader(
-        dataset: Dataset,
+        dataset: Any,
         input_size: Any,
         batch_size: int,
         is_training: bool = False,
@@ -155,6 +174,7 @@ def create_loader(
         world_size: Optional[int] = None,
         grad_accum_steps: int = 1,
         drop: str = 'tail',
+        mixup_off_epoch: int = 0,
         **kwargs: Any,
 ) -> Any:
     """timm's ``create_loader`` with a regime; without one it *is* timm's.
@@ -170,6 +190,7 @@ def create_loader(
         world_size: Number of processes, likewise.
         grad_accum_steps: Groups of one size that make an optimizer step.
         drop: See :func:`~mixsize_timm.sampler.size_batches`.
+        mixup_off_epoch: Epoch from which timm's ``FastCollateMixup`` as ``collate_fn`` no longer mixes; 0 for never.
         **kwargs: Every other argument of ``timm.data.create_loader``, with its meaning.
 
     Returns:
@@ -201,13 +222,15 @@ def create_loader(
     inner = template.loader if isinstance(template, PrefetchLoader) else template
     scheduled: Any = inner.dataset
     loader: Any = DataLoader(
-        MixSizeDataset(scheduled.dataset, dict(zip(regime.sizes, scheduled.transforms)), seed),
+        MixSizeDataset(scheduled.dataset, dict(zip(regime.sizes, scheduled.transforms)), inner.collate_fn, seed,
+                       mixup_off_epoch),
         batch_sampler=sampler,  # type: ignore[arg-type]
         num_workers=inner.num_workers,
-        collate_fn=inner.collate_fn,
+        collate_fn=_collated,
         pin_memory=inner.pin_memory,
         worker_init_fn=inner.worker_init_fn,
         persistent_workers=inner.persistent_workers,
+        generator=torch.Generator().manual_seed(seed),  # else every new iteration draws from the caller's
     )
     if isinstance(template, PrefetchLoader):
         template.loader = loader

@@ -4,7 +4,7 @@ import sys
 import time
 from collections import OrderedDict
 from contextlib import nullcontext
-from typing import Any, Dict, Iterable, Iterator, Optional
+from typing import Any, Dict, Iterable, Optional
 
 import torch
 from accelerate import Accelerator
@@ -61,7 +61,7 @@ def train_one_epoch(
     Returns:
         ``loss``: mean over the images of the epoch.
     """
-    model = task.get_trainable_module()
+    model: Any = task.get_trainable_module()
     model.train()
     optimizer.zero_grad()
     meter = _StepMeter(epoch, plan, accelerator, log_interval)
@@ -97,10 +97,11 @@ def _optimizer_step(
         clip_mode: str,
 ) -> Optional[GradientNorms]:
     norms = None
+    model: Any = task.get_trainable_module()
     if smoother is not None or clip_grad is not None:
         accelerator.unscale_gradients(optimizer)
     if smoother is not None:
-        norms = smoother(task.get_trainable_module().parameters())
+        norms = smoother(model.parameters())
     if clip_grad is not None:
         parameters = task.get_clip_parameters(exclude_head='agc' in clip_mode)
         dispatch_clip_grad(parameters, value=clip_grad, mode=clip_mode)

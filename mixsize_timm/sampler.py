@@ -180,11 +180,15 @@ def plan_epoch(
     for size, of_size in batches.items():
         steps += [(size, of_size[i:i + grad_accum_steps]) for i in range(0, len(of_size), grad_accum_steps)]
     shuffled = [steps[i] for i in rng.permutation(len(steps))]
-    size = np.array([s for s, groups in shuffled for _ in groups])
+    lengths = [len(groups) for _, groups in shuffled]
     batch = np.array([b for _, groups in shuffled for b in groups])
-    step = np.repeat(np.arange(len(shuffled)), [len(groups) for _, groups in shuffled])
-    duplicates = np.array([regime.group(s)[1] for s in size.tolist()])
-    return EpochPlan(size, batch, duplicates, step, np.cumsum(batch) - batch, order, num_images, epoch)
+    return EpochPlan(
+        size=np.repeat([s for s, _ in shuffled], lengths),
+        batch=batch,
+        duplicates=np.repeat([regime.group(s)[1] for s, _ in shuffled], lengths),
+        step=np.repeat(np.arange(len(shuffled)), lengths),
+        start=np.cumsum(batch) - batch,
+        order=order, num_images=num_images, epoch=epoch)
 
 
 class MixSizeBatchSampler(Sampler[Group]):

@@ -66,7 +66,7 @@ def fit_sizes(regime: Regime, takes: Callable[[int], bool]) -> Tuple[Regime, Dic
             f'the model does not take images of {_join(refused or [regime.base_size])} px; of the sizes near the '
             f'regime it takes {_join(would_do) or "none"}. '
             + ('Choose among them with --mixsize custom --mixsize-sizes' if len(would_do) > 1 else
-               'Use --mixsize off, or a model built for several sizes (--model-kwargs dynamic_img_size=True for a ViT)'))
+               'Use --mixsize off, or a model built for many sizes (--model-kwargs dynamic_img_size=True for a ViT)'))
     return regime.with_sizes(moved), moved
 
 

@@ -29,7 +29,7 @@ def test_presets_are_the_papers(preset, base_size, probs):
     ('s224', 224, 'b+', {s: (b, 1) for s, b in B_PLUS_224.items()}),
     ('s224', 224, 'd+', D_PLUS_224),
     ('s224', 224, 'bd+', BD_PLUS_224),
-    ('s224', 224, 'none', {s: (64, 1) for s in B_PLUS_224}),
+    ('s224', 224, 'none', dict.fromkeys(B_PLUS_224, (64, 1))),
     ('s144', 224, 'b+', {96: (348, 1), 128: (196, 1), 224: (64, 1), 256: (49, 1)}),
     ('s144', 224, 'd+', {96: (64, 5), 128: (64, 3), 224: (64, 1), 256: (64, 1)}),
     ('cifar', 32, 'b+', {16: (256, 1), 24: (114, 1), 32: (64, 1), 48: (28, 1)}),
@@ -69,7 +69,8 @@ def test_half_is_rounded_to_even_exactly():
     assert Regime((30, 36), base_size=30, batch_size=54, adapt='b+').group(36) == (38, 1)  # 37.5
 
 
-@pytest.mark.parametrize('preset, base_size', [('s224', 96), ('s224', 160), ('s144', 299), ('cifar', 28), ('s224', 518)])
+@pytest.mark.parametrize(
+    'preset, base_size', [('s224', 96), ('s224', 160), ('s144', 299), ('cifar', 28), ('s224', 518)])
 def test_scaled_presets_round_to_eight_and_keep_the_base(preset, base_size):
     regime = Regime.preset(preset, base_size)
     assert base_size in regime.sizes

@@ -1,0 +1,34 @@
+"""What several test files share: small image folders, and clean random states."""
+import random
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    AcceleratorState._reset_state(reset_partial_state=True)  # it is shared by all accelerators of a process
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def write_images(folder, count, size=(40, 30), seed=0):
+    """``count`` JPEGs of coloured noise in a folder that is made."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f'{i:03d}.jpg')
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """An image folder as timm reads it: ``train`` and ``validation``, two classes each."""
+    for split, count in (('train', 12), ('validation', 4)):
+        for number, name in enumerate(('cat', 'dog')):
+            write_images(tmp_path / 'data' / split / name, count, seed=number)
+    return tmp_path / 'data'

@@ -1,0 +1,111 @@
+"""The command line: defaults, the recipe, configuration files, regimes, and what is refused."""
+import pytest
+import yaml
+
+from mixsize_timm.args import UsageError, build_parser, make_regime, parse_args
+
+
+def test_without_data_the_recipe_trains_the_digits():
+    args = parse_args(['--model', 'resnet18'])
+    assert args.dataset == 'digits' and args.img_size == 32 and args.num_classes == 10
+    assert args.hflip == 0 and args.model == 'resnet18'
+
+
+def test_any_argument_overrides_the_recipe():
+    args = parse_args(['--epochs', '3', '-b', '16', '--hflip', '0.5'])
+    assert (args.epochs, args.batch_size, args.hflip, args.num_classes) == (3, 16, 0.5, 10)
+
+
+def test_with_data_the_defaults_are_timms():
+    for argv in (['--data-dir', 'x'], ['x'], ['--dataset', 'torch/cifar10']):
+        args = parse_args(argv)
+        assert (args.epochs, args.batch_size, args.img_size, args.opt) == (300, 128, None, 'sgd')
+    assert parse_args(['x']).data_dir == 'x'
+
+
+def test_a_configuration_file_is_under_the_command_line(tmp_path):
+    path = tmp_path / 'c.yaml'
+    path.write_text(yaml.safe_dump({'data_dir': 'x', 'epochs': 7, 'lr': 0.5, 'opt': 'adamw'}))
+    args = parse_args(['-c', str(path), '--epochs', '9'])
+    assert (args.data_dir, args.epochs, args.lr, args.opt, args.batch_size) == ('x', 9, 0.5, 'adamw', 128)
+
+
+def test_an_unknown_key_is_named_with_its_neighbour(tmp_path, caplog):
+    (tmp_path / 'c.yaml').write_text('batchsize: 3\n')
+    parse_args(['-c', str(tmp_path / 'c.yaml')])
+    assert "'batchsize'" in caplog.text and "'batch_size'" in caplog.text
+
+
+def test_a_resumed_run_brings_its_arguments(tmp_path):
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(
+        {'data_dir': 'x', 'epochs': 7, 'output': 'o', 'experiment': 'e', 'resume': ''}))
+    args = parse_args(['--resume', str(tmp_path), '--epochs', '8'])
+    assert (args.data_dir, args.epochs, args.resume) == ('x', 8, str(tmp_path))
+    assert args.output == '' and args.experiment == ''
+
+
+@pytest.mark.parametrize('img_size, expected', [(32, 'cifar'), (95, 'cifar'), (96, 's224'), (224, 's224')])
+def test_the_default_regime_depends_on_the_base_size(img_size, expected):
+    regime = make_regime(parse_args(['x']), (3, img_size, img_size))
+    assert len(regime.sizes) == {'cifar': 4, 's224': 7}[expected] and regime.adapt == 'd+'
+
+
+def test_arguments_reach_the_regime():
+    args = parse_args(['x', '--mixsize-sizes', '48', '32', '--mixsize-probs', '1', '3', '--mixsize-adapt', 'b+',
+                       '--mixsize-duplicates', '2', '--mixsize-max-work', '1.5', '-b', '20', '--mixup', '0.2'])
+    regime = make_regime(args, (3, 32, 32))
+    assert args.mixsize == 'custom'
+    assert (regime.sizes, regime.probs) == ((32, 48), (0.75, 0.25))
+    assert (regime.base_size, regime.batch_size, regime.duplicates) == (32, 20, 2)
+    assert (regime.adapt, regime.max_work, regime.batch_multiple) == ('b+', 1.5, 2)
+    assert make_regime(parse_args(['x', '--mixsize', 'off']), (3, 32, 48)) is None
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['-b', '0'], '--batch-size must be at least 1'),
+    (['--epochs', '0'], '--epochs must be at least 1'),
+    (['-j', '-1'], '--workers must not be negative'),
+    (['--calibrate', '-1'], '--calibrate must not be negative'),
+    (['--mixsize', 'custom'], 'needs --mixsize-sizes'),
+    (['--mixsize', 's224', '--mixsize-sizes', '32'], 'need --mixsize custom'),
+    (['--mixsize-probs', '1'], 'need --mixsize custom'),
+    (['--grad-smoothing-momentum', '1'], 'must be in'),
+    (['--nonsense'], 'unrecognized arguments: --nonsense'),
+    (['--epochs', 'many'], 'invalid int value'),
+    (['--mixsize', 'huge'], 'invalid choice'),
+    (['-c', '/nowhere.yaml'], 'cannot read /nowhere.yaml'),
+    (['--resume', '/nowhere'], 'cannot read /nowhere/args.yaml'),
+    (['--sched', 'plateau', '--sched-on-updates'], 'plateau'),
+])
+def test_what_cannot_work_is_one_line(argv, message):
+    with pytest.raises(UsageError) as error:
+        parse_args(argv)
+    assert message in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--mixsize-sizes', '32', '48', '--mixsize-probs', '1'], '2 sizes but 1 probabilities'),
+    (['--mixsize-sizes', '32', '48', '--mixsize-probs', '-1', '2'], 'not negative'),
+    (['--mixsize-sizes', '32', '48', '--mixsize-probs', '0', '0'], 'all probabilities are zero'),
+    (['--mixsize-sizes', '96', '-b', '2'], 'rounds to zero at 96 px'),
+])
+def test_a_regime_that_cannot_be_is_one_line(argv, message):
+    with pytest.raises(UsageError, match=message):
+        make_regime(parse_args(argv), (3, 32, 32))
+
+
+def test_images_that_are_not_square_are_refused():
+    with pytest.raises(UsageError, match='not 32x48: use --mixsize off'):
+        make_regime(parse_args(['x']), (3, 32, 48))
+
+
+def test_a_configuration_that_is_no_mapping(tmp_path):
+    (tmp_path / 'c.yaml').write_text('- 1\n')
+    with pytest.raises(UsageError, match='holds no arguments'):
+        parse_args(['-c', str(tmp_path / 'c.yaml')])
+
+
+def test_help_fits_a_terminal(monkeypatch):
+    monkeypatch.setenv('COLUMNS', '80')
+    lines = build_parser().format_help().splitlines()
+    assert max(map(len, lines)) <= 80 and 'MixSize:' in lines

@@ -1,0 +1,180 @@
+"""The loader: decoded once, duplicated, the same pixels whoever asks."""
+import logging
+import random
+
+import numpy as np
+import pytest
+import timm.data
+import torch
+from timm.data import FastCollateMixup, create_dataset
+from torch.utils.data import IterableDataset
+
+from mixsize_timm.data import MixSizeLoader, create_loader
+from mixsize_timm.datasets import DigitsDataset
+from mixsize_timm.regime import Regime
+
+REGIME = Regime.preset('cifar', 32, batch_size=8)
+OPTIONS = dict(is_training=True, num_workers=0, device=torch.device('cpu'), color_jitter=0.4, scale=(0.5, 1.0))
+
+
+def loader_of(dataset, regime=REGIME, **kwargs):
+    return create_loader(dataset, (3, 32, 32), regime.batch_size, regime=regime, **{**OPTIONS, **kwargs})
+
+
+class Counting(torch.utils.data.Dataset):
+    """Gives each image as its index in all pixels, and counts how often it is read."""
+    transform = None
+
+    def __init__(self, length=60):
+        self.length = length
+        self.reads = []
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        self.reads.append(index)
+        return timm.data.dataset.Image.new('RGB', (24, 24), (index, index, index)), index
+
+
+def test_shapes_follow_the_plan_and_duplicates_are_image_major():
+    dataset = Counting()
+    loader = loader_of(dataset, use_prefetcher=True, color_jitter=None, mean=(0, 0, 0), std=(1, 1, 1))
+    groups = list(loader.batch_sampler.plan.groups())
+    assert len(loader) == len(groups)
+    for group, (images, targets) in zip(groups, loader):
+        assert images.shape == (group.batch * group.duplicates, 3, group.size, group.size)
+        assert images.dtype == torch.float32 and targets.dtype == torch.int64
+        assert targets.tolist() == np.repeat(group.images, group.duplicates).tolist()
+        assert (images[:, 0, 0, 0] * 255).round().long().tolist() == targets.tolist()
+
+
+def test_an_image_is_decoded_once_for_all_its_duplicates():
+    dataset = Counting()
+    loader = loader_of(dataset)
+    reads = loader.dataset.dataset.reads
+    sum(1 for _ in loader)
+    assert len(reads) == len(set(reads)) == 60 - loader.batch_sampler.plan.dropped
+
+
+def test_duplicates_are_augmented_independently():
+    regime = Regime.fixed(32, batch_size=4, duplicates=6)
+    images, _ = next(iter(loader_of(DigitsDataset(), regime)))
+    for copies in images.split(6):
+        assert len({copy.numpy().tobytes() for copy in copies}) > 3
+
+
+def collect(loader, epoch=1):
+    loader.set_epoch(epoch)
+    return [(images.clone(), targets.clone()) for images, targets in loader]
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for (images_a, targets_a), (images_b, targets_b) in zip(a, b):
+        assert torch.equal(images_a, images_b) and torch.equal(targets_a, targets_b)
+
+
+def test_workers_change_no_pixel(image_folder):
+    dataset = create_dataset('', str(image_folder), 'train')
+    options = dict(auto_augment='rand-m5-mstd0.5')
+    plain = collect(loader_of(dataset, **options))
+    assert_same(plain, collect(loader_of(dataset, num_workers=2, **options)))
+    persistent = loader_of(dataset, num_workers=1, persistent_workers=True, **options)
+    collect(persistent, 0)
+    assert_same(plain, collect(persistent))
+
+
+def test_ranks_change_no_pixel():
+    whole = loader_of(Counting(64), Regime.fixed(32, batch_size=8))
+    shares = [loader_of(Counting(64), Regime.fixed(32, batch_size=4), rank=r, world_size=2) for r in range(2)]
+    for (images, targets), a, b in zip(collect(whole), *map(collect, shares)):
+        assert torch.equal(images, torch.cat([a[0], b[0]])) and torch.equal(targets, torch.cat([a[1], b[1]]))
+
+
+def test_epochs_and_seeds_differ_and_an_iteration_moves_on():
+    loader = loader_of(DigitsDataset())
+    first, second = list(loader), list(loader)
+    assert loader.batch_sampler.epoch == 2
+    assert not torch.equal(first[0][1], second[0][1])
+    assert_same(second, collect(loader, 1))
+    assert not torch.equal(first[0][1], next(iter(loader_of(DigitsDataset(), seed=7)))[1])
+
+
+def test_the_callers_random_state_is_left_alone():
+    loader = loader_of(DigitsDataset(), auto_augment='rand-m5')
+    next(iter(loader))  # torch draws a base seed for each iteration
+    iterator = iter(loader)
+    next(iterator)
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    draws = [random.random(), np.random.rand(), torch.rand(1)]
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    next(iterator)
+    assert [random.random(), np.random.rand(), torch.rand(1)] == draws
+
+
+def test_mixup_mixes_the_flattened_batch():
+    collate = FastCollateMixup(mixup_alpha=1.0, num_classes=10, label_smoothing=0.0)
+    regime = Regime.preset('cifar', 32, batch_size=9, batch_multiple=2)
+    for group, (images, targets) in zip(
+            loader_of(DigitsDataset(), regime).batch_sampler.plan.groups(),
+            loader_of(DigitsDataset(), regime, collate_fn=collate)):
+        assert images.shape[0] == group.batch * group.duplicates and group.batch % 2 == 0
+        assert targets.shape == (len(images), 10)
+        assert torch.allclose(targets.sum(1), torch.ones(len(images)), atol=1e-5)
+
+
+def test_random_erasing_and_no_prefetcher():
+    erased, _ = next(iter(loader_of(Counting(), re_prob=1.0, re_mode='const', mean=(0.5,) * 3, std=(0.5,) * 3)))
+    assert (erased == 0).any()
+    images, _ = next(iter(loader_of(Counting(), use_prefetcher=False)))
+    assert images.dtype == torch.float32
+
+
+def test_without_a_regime_it_is_timms_loader():
+    loader = create_loader(DigitsDataset(), (3, 32, 32), 16, **OPTIONS)
+    assert isinstance(loader, timm.data.loader.PrefetchLoader)
+    torch.manual_seed(3)
+    ours = [targets for _, targets in loader]
+    torch.manual_seed(3)
+    theirs = [targets for _, targets in timm.data.create_loader(DigitsDataset(), (3, 32, 32), 16, **OPTIONS)]
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs)) and len(ours) == len(theirs)
+
+
+def test_the_data_set_is_not_changed():
+    dataset = DigitsDataset()
+    marker = dataset.transform = object()
+    assert isinstance(loader_of(dataset), MixSizeLoader)
+    assert dataset.transform is marker
+
+
+def test_a_broken_image_is_named_and_replaced(image_folder, caplog):
+    (image_folder / 'train' / 'cat' / '003.jpg').write_bytes(b'not an image')
+    whole = (image_folder / 'train' / 'dog' / '005.jpg').read_bytes()
+    (image_folder / 'train' / 'dog' / '005.jpg').write_bytes(whole[:len(whole) // 2])
+    dataset = create_dataset('', str(image_folder), 'train')
+    with caplog.at_level(logging.WARNING):
+        targets = torch.cat([t for _, t in loader_of(dataset, Regime.fixed(32, batch_size=4))])
+    assert 'cat/003.jpg' in caplog.text and 'dog/005.jpg' in caplog.text
+    assert len(targets) == 24 and targets.bincount().tolist() == [12, 12]
+
+
+def test_nothing_but_broken_images_is_an_error(image_folder):
+    for path in (image_folder / 'train').rglob('*.jpg'):
+        path.write_bytes(b'')
+    loader = loader_of(create_dataset('', str(image_folder), 'train'), Regime.fixed(32, batch_size=4))
+    with pytest.raises(RuntimeError, match='10 images in a row cannot be read'):
+        next(iter(loader))
+
+
+def test_contradictions_are_named():
+    class Streaming(IterableDataset):
+        def __iter__(self):
+            return iter([])
+
+    with pytest.raises(TypeError, match='this one streams: use --mixsize off'):
+        loader_of(Streaming())
+    with pytest.raises(ValueError, match='regime is for training'):
+        loader_of(DigitsDataset(), is_training=False)
+    with pytest.raises(ValueError, match='batch_size 4 is not the 8'):
+        create_loader(DigitsDataset(), 32, 4, True, regime=REGIME)

@@ -1,0 +1,71 @@
+"""Several processes on the CPU, started by the documented command."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+LAUNCH = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines',
+          '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
+
+VALIDATE = """
+import json, sys, timm, torch
+from accelerate import Accelerator
+from timm.data import create_dataset, create_loader
+from timm.task import ClassificationTask
+from timm.utils import random_seed
+from mixsize_timm.engine import validate
+accelerator = Accelerator(cpu=True)
+random_seed(0)
+model = timm.create_model('test_resnet', num_classes=2)
+dataset = create_dataset('', root=sys.argv[1], split='validation')
+loader = create_loader(dataset, (3, 32, 32), 2, distributed=accelerator.num_processes > 1, num_workers=0,
+                       device=accelerator.device)
+metrics = validate(model, loader, ClassificationTask(model, verbose=False), accelerator)
+if accelerator.is_main_process:
+    print(json.dumps({'processes': accelerator.num_processes, **metrics}))
+accelerator.end_training()
+"""
+
+
+def launch(*argv, launcher=LAUNCH):
+    env = {**os.environ, 'ACCELERATE_USE_CPU': 'true'}
+    result = subprocess.run([*launcher, *map(str, argv)], env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def test_two_processes_train_in_step(tmp_path, image_folder):
+    result = launch('-m', 'mixsize_timm.train', '--data-dir', image_folder, '--num-classes', 2,
+                    '--model', 'test_resnet', '--img-size', 32, '-b', 4, '--epochs', 2, '-j', 0, '--log-interval', 1,
+                    '--grad-accum-steps', 2,
+                    '--output', tmp_path, '--experiment', 'run')
+    assert 'on 2 processes of cpu' in result.stderr and 'base batch 8' in result.stderr
+    assert result.stdout.count('The run is in') == 1
+    rows = json.loads((tmp_path / 'run' / 'sizes.json').read_text())['results']
+    assert [row['img_size'] for row in rows] == [16, 24, 32, 48]
+    for row in rows:  # eight validation images, each counted once
+        assert row['top1'] * 8 / 100 == pytest.approx(round(row['top1'] * 8 / 100))
+    state = json.loads((tmp_path / 'run' / 'last' / 'state.json').read_text())
+    assert len(dict(state['__items__'])['random']) == 2
+
+
+def test_two_processes_validate_as_one(tmp_path, image_folder):
+    script = tmp_path / 'validate.py'
+    script.write_text(VALIDATE)
+    (image_folder / 'validation' / 'cat' / '000.jpg').unlink()  # seven images: one is padding on two processes
+    two = json.loads(launch(script, image_folder).stdout.splitlines()[-1])
+    one = json.loads(launch(script, image_folder, launcher=[sys.executable]).stdout.splitlines()[-1])
+    assert (two.pop('processes'), one.pop('processes')) == (2, 1)
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='the launcher would choose the GPU')
+def test_an_error_is_said_once(tmp_path):
+    env = {**os.environ, 'ACCELERATE_USE_CPU': 'true'}
+    result = subprocess.run([*LAUNCH, '-m', 'mixsize_timm.train', '--data-dir', str(tmp_path / 'nowhere')], env=env,
+                            capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert result.stderr.count('mixsize_timm.train: error: no data at') == 1

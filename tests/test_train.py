@@ -1,0 +1,256 @@
+"""The training command, run in this process on tiny models and real files."""
+import csv
+import json
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file
+from timm.data import create_dataset
+from timm.optim import create_optimizer_v2
+
+from mixsize_timm import train
+from mixsize_timm.datasets import DigitsDataset
+
+TINY = ['--model', 'test_resnet', '--img-size', '32', '-j', '0', '--opt', 'lamb', '--lr', '0.005', '--warmup-epochs',
+        '0', '--log-interval', '1']
+
+
+def run(tmp_path, *argv, name='run'):
+    assert train.main([*TINY, '--output', str(tmp_path), '--experiment', name, *map(str, argv)]) == 0
+    return tmp_path / name
+
+
+def folder_run(tmp_path, image_folder, *argv, **kwargs):
+    return run(tmp_path, '--data-dir', image_folder, '--num-classes', 2, '-b', 4, *argv, **kwargs)
+
+
+def weights(folder):
+    return load_file(folder / 'last' / 'model.safetensors')
+
+
+def assert_same_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def summary(folder):
+    return list(csv.DictReader((folder / 'summary.csv').open()))
+
+
+def test_a_run_leaves_what_it_says(tmp_path, image_folder, capsys, caplog):
+    with caplog.at_level('INFO'):
+        folder = folder_run(tmp_path, image_folder, '--epochs', 2)
+    results = json.loads((folder / 'sizes.json').read_text())['results']
+    assert [row['img_size'] for row in results] == [16, 24, 32, 48]
+    assert all({'top1', 'top1_uncalibrated', 'top5', 'loss'} <= row.keys() for row in results)
+    assert [row['epoch'] for row in summary(folder)] == ['0', '1']
+    assert {'train_loss', 'eval_top1', 'eval_top1_uncalibrated', 'lr'} <= summary(folder)[0].keys()
+    assert yaml.safe_load((folder / 'args.yaml').read_text())['num_classes'] == 2
+    assert (folder / 'last' / 'state.json').exists()
+    model = timm.create_model('test_resnet', num_classes=2)
+    model.load_state_dict(load_file(folder / 'best' / 'model.safetensors'))
+    out = capsys.readouterr().out
+    assert 'img_size  calibrated  running statistics' in out and str(folder) in out
+    assert 'size  share   batch  dup' in caplog.text and 'Train 1 [' in caplog.text and 'norm' in caplog.text
+    assert 'Validation 1  32 px  calibrated' in caplog.text
+
+
+def test_best_carries_calibrated_statistics_and_last_its_own(tmp_path, image_folder):
+    folder = folder_run(tmp_path, image_folder, '--epochs', 1)
+    last, best = weights(folder), load_file(folder / 'best' / 'model.safetensors')
+    for name in last:
+        assert torch.equal(last[name], best[name]) != ('running' in name or 'num_batches' in name), name
+
+
+REGULARISED = ['--epochs', 3, '--drop-path', 0.2, '--reprob', 0.5, '--mixup', 0.2, '--cutmix', 0.5, '--aa', 'rand-m5']
+
+
+@pytest.mark.parametrize('options', [
+    ['--sched-on-updates'], ['--mixsize-adapt', 'b+', '-j', '2'], ['--mixsize', 'off'], ['--sched', 'plateau'],
+], ids=' '.join)
+def test_a_resumed_run_gives_the_same_numbers(tmp_path, image_folder, monkeypatch, options):
+    options = [*REGULARISED, *map(str, options)]
+    straight = folder_run(tmp_path, image_folder, *options, name='straight')
+
+    original = train.train_one_epoch
+
+    def stop_in_the_last(epoch, *args, **kwargs):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return original(epoch, *args, **kwargs)
+
+    monkeypatch.setattr(train, 'train_one_epoch', stop_in_the_last)
+    argv = [*TINY, '--data-dir', str(image_folder), '--num-classes', '2', '-b', '4', *map(str, options)]
+    assert train.main([*argv, '--output', str(tmp_path), '--experiment', 'stopped']) == 130
+    assert not (tmp_path / 'stopped' / 'sizes.json').exists()
+    monkeypatch.setattr(train, 'train_one_epoch', original)
+    torch.manual_seed(12345)  # whatever happened in between
+    assert train.main(['--resume', str(tmp_path / 'stopped')]) == 0
+
+    assert_same_weights(straight, tmp_path / 'stopped')
+    assert summary(straight) == summary(tmp_path / 'stopped')
+    assert (straight / 'sizes.json').read_text() == (tmp_path / 'stopped' / 'sizes.json').read_text()
+
+
+def test_off_equals_a_plain_loop_of_timm(tmp_path, monkeypatch):
+    losses = []
+    original = timm.task.ClassificationTask.forward
+
+    def recording(self, *args):
+        result = original(self, *args)
+        losses.append(result['loss'].item())
+        return result
+
+    monkeypatch.setattr(timm.task.ClassificationTask, 'forward', recording)
+    run(tmp_path, '--mixsize', 'off', '--no-grad-smoothing', '--epochs', 1, '--smoothing', 0.1, '-b', 64)
+
+    timm.utils.random_seed(42)
+    model = timm.create_model('test_resnet', num_classes=10)
+    loader = timm.data.create_loader(
+        DigitsDataset('train'), (3, 32, 32), 64, is_training=True, scale=(0.7, 1.0), ratio=(0.9, 1.1), hflip=0.,
+        color_jitter=0., interpolation='bicubic', mean=(0.5,) * 3, std=(0.5,) * 3, num_workers=0,
+        device=torch.device('cpu'))
+    optimizer = create_optimizer_v2(model, opt='lamb', lr=0.005, weight_decay=0.02)
+    scheduler, _ = timm.scheduler.create_scheduler_v2(
+        optimizer, 'cosine', num_epochs=1, warmup_epochs=0, warmup_lr=1e-5, step_on_epochs=False,
+        updates_per_epoch=len(loader))
+    criterion = timm.loss.LabelSmoothingCrossEntropy(0.1)
+    model.train()
+    expected = []
+    for step, (images, targets) in enumerate(loader):
+        loss = criterion(model(images), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step_update(step + 1)
+        expected.append(loss.item())
+    assert len(expected) == 22 and losses == pytest.approx(expected, abs=1e-5)
+
+
+def test_accumulation_counts_every_image_once(tmp_path, image_folder, monkeypatch):
+    """Two groups of four must make the gradient of one of eight (a model without batch norm)."""
+    gradients = {}
+    original = train.GradientSmoother.__call__
+
+    def recording(self, parameters):
+        parameters = list(parameters)
+        gradients.setdefault(key, torch.cat([p.grad.flatten() for p in parameters]))
+        return original(self, parameters)
+
+    monkeypatch.setattr(train.GradientSmoother, '__call__', recording)
+    options = ['--model', 'test_vit', '--model-kwargs', 'dynamic_img_size=True', '--mixsize-sizes', 32, '--no-aug',
+               '--epochs', 1]
+    for key, more in {'whole': ['-b', 8], 'parts': ['-b', 4, '--grad-accum-steps', 2]}.items():
+        run(tmp_path, '--data-dir', image_folder, '--num-classes', 2, *options, *more, name=key)
+    torch.testing.assert_close(gradients['whole'], gradients['parts'], rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_comes_after_smoothing(tmp_path, image_folder, monkeypatch):
+    order = []
+    original = train.GradientSmoother.__call__
+    monkeypatch.setattr(train.GradientSmoother, '__call__',
+                        lambda self, p: (order.append('smooth'), original(self, p))[1])
+    monkeypatch.setattr('mixsize_timm.engine.dispatch_clip_grad',
+                        lambda *args, **kwargs: order.append(('clip', kwargs['value'], kwargs['mode'])))
+    folder_run(tmp_path, image_folder, '--epochs', 1, '--clip-grad', 0.5, '--clip-mode', 'agc')
+    assert order[:4] == ['smooth', ('clip', 0.5, 'agc')] * 2
+
+
+@pytest.mark.parametrize('options', [
+    ['--mixed-precision', 'bf16', '--channels-last'],
+    ['--no-prefetcher', '--mixup', '0.2', '--mixup-off-epoch', '1', '--epochs', '2'],
+    ['--val-split', ''],
+    ['--mixsize', 'off', '--mixup', '0.2', '--mixup-off-epoch', '1', '--epochs', '2', '--grad-accum-steps', '2'],
+    ['--calibrate', '0', '--calibrate-val', '0', '--val-interval', '2'],
+    ['--in-chans', '1', '--mixsize-drop', 'reference', '--grad-checkpointing'],
+    ['--no-grad-smoothing', '--layer-decay', '0.7', '--opt-kwargs', 'betas=(0.9,0.99)'],
+], ids=' '.join)
+def test_other_ways_to_run(tmp_path, image_folder, options):
+    folder = folder_run(tmp_path, image_folder, '--epochs', 1, *options)
+    assert (folder / 'last' / 'model.safetensors').exists()
+    assert (folder / 'sizes.json').exists() == ('--val-split' not in options)
+
+
+def test_a_broken_image_does_not_stop_a_run(tmp_path, image_folder, caplog):
+    (image_folder / 'train' / 'cat' / '001.jpg').write_bytes(b'broken')
+    folder_run(tmp_path, image_folder, '--epochs', 1)
+    assert 'cat/001.jpg' in caplog.text
+
+
+def test_wandb_is_logged_offline(tmp_path, image_folder, monkeypatch):
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.chdir(tmp_path)
+    folder_run(tmp_path, image_folder, '--epochs', 1, '--log-wandb', '--wandb-project', 'p', '--wandb-tags', 'a')
+    assert list((tmp_path / 'wandb').glob('offline-run-*/*.wandb'))
+
+
+def error_of(capsys, *argv):
+    capsys.readouterr()
+    assert train.main([*TINY, *map(str, argv)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith('mixsize_timm.train: error: ') and 'Traceback' not in '\n'.join(lines)
+    return lines[-1]
+
+
+DATA = ['--data-dir', '{data}']
+TWO = [*DATA, '--num-classes', 2]
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--data-dir', '{tmp}/nowhere'], 'check --data-dir'),
+    ([*DATA, '--model', 'resnt50'], 'did you mean resnet50'),
+    ([*DATA, '--num-classes', 1], 'use --num-classes 2'),
+    ([*DATA, '-b', 0], '--batch-size must be at least 1'),
+    ([*TWO, '-b', 1], 'rounds to zero at 48 px'),
+    ([*TWO, '--mixsize-sizes', 32, 48, '--mixsize-probs', 1], '2 sizes but 1 probabilities'),
+    ([*TWO, '--mixsize-sizes', 32, 48, '--mixsize-probs', -1, 2], 'not negative'),
+    ([*TWO, '--mixsize-sizes', 32, 48, '--mixsize-probs', 0, 0], 'all probabilities are zero'),
+    ([*TWO, '--input-size', 3, 32, 48], 'use --mixsize off'),
+    ([*TWO, '--model', 'vit_tiny_patch16_224', '--img-size', 224], 'does not take images of'),
+    ([*TWO, '--initial-checkpoint', '{tmp}/broken.safetensors'], 'cannot make test_resnet'),
+    ([*TWO, '--initial-checkpoint', '{tmp}/nowhere.pth'], 'cannot make test_resnet'),
+    ([*TWO, '--resume', '{tmp}/nowhere'], 'cannot read'),
+    ([*TWO, '--opt', 'sgdd'], '--opt sgdd'),
+    ([*TWO, '--sched', 'sawtooth'], '--sched sawtooth'),
+    ([*TWO, '--aa', 'nonsense'], 'nonsense'),
+    ([*TWO, '--mixed-precision', 'fp16'], 'fp16 needs a GPU'),
+    ([*TWO, '--mixsize', 'off', '-b', 512], 'fill no batch'),
+    ([*TWO, '--mixsize', 'off', '-b', 3, '--mixup', 0.5], 'even --batch-size'),
+    ([*TWO, '--class-map', '{tmp}/nowhere.txt'], 'cannot open'),
+], ids=lambda value: value if isinstance(value, str) else '')
+def test_every_error_is_one_line_and_leaves_nothing(tmp_path, image_folder, capsys, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'broken.safetensors').write_bytes(b'broken')
+    assert message in error_of(capsys, *[str(a).format(tmp=tmp_path, data=image_folder) for a in argv])
+    assert not (tmp_path / 'output').exists()
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path, image_folder, capsys):
+    folder = folder_run(tmp_path, image_folder, '--epochs', 1)
+    before = weights(folder)
+    message = error_of(capsys, '--data-dir', image_folder, '--num-classes', 2, '--output', tmp_path,
+                       '--experiment', 'run')
+    assert 'already holds a run' in message and f'--resume {folder}' in message
+    assert all(torch.equal(v, before[k]) for k, v in weights(folder).items())
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path, image_folder, capsys):
+    folder = folder_run(tmp_path, image_folder, '--epochs', 1)
+    (folder / 'last' / 'model.safetensors').write_bytes(b'broken')
+    assert 'is not readable' in error_of(capsys, '--resume', folder)
+
+
+def test_the_embedded_data_set_says_so(tmp_path, caplog):
+    with caplog.at_level('INFO'):
+        run(tmp_path, '--epochs', 1, '-b', 256, '--calibrate', 1)
+    assert 'Training on the embedded digits: 1437 scans' in caplog.records[0].getMessage()
+
+
+def test_timms_tar_and_torch_data_sets_train(tmp_path, image_folder):
+    assert len(create_dataset('torch/image_folder', root=str(image_folder), split='train')) == 24
+    run(tmp_path, '--dataset', 'torch/image_folder', '--data-dir', image_folder, '--num-classes', 2, '-b', 4,
+        '--epochs', 1)
