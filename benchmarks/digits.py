@@ -1,7 +1,7 @@
 """ResNet-50 on the embedded digits: MixSize beside timm's fixed and scheduled sizes.
 
-Each arm trains with the built-in recipe and is measured at 16, 24, 32 and 48 px, with its own running statistics and
-with calibrated ones. Prints a table, and adds to a JSON file after each run, so that it can be stopped and continued.
+The first arm is the README's first command; the others are timm's own loaders with the same recipe. Each is measured at
+16, 24, 32 and 48 px, with its own running statistics and with calibrated ones. Prints a table, and adds to a JSON file after each run, so that it can be stopped and continued.
 
     python benchmarks/digits.py --seeds 42 43 44 --json benchmarks/results/digits.json
 """
@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,18 +20,21 @@ import accelerate
 import timm
 import torch
 
-from mixsize_timm.args import parse_args
+from mixsize_timm.args import make_regime, parse_args
+from mixsize_timm.datasets import DigitsDataset
 from mixsize_timm.regime import Regime
+from mixsize_timm.sampler import plan_epoch
 from mixsize_timm.train import Training
 
 SIZES = (16, 24, 32, 48)
-TIMM = ['--mixsize', 'off', '--no-grad-smoothing']
-ARMS: Dict[str, List[str]] = {
-    'MixSize D+': [],
-    'timm, fixed 32 px': TIMM,
-    'timm, scheduled sizes': TIMM,
-    'timm, scheduled sizes, pixels of D+': [*TIMM, '--epochs', '12'],
+MIXSIZE = 'MixSize D+'
+OFF = ['--mixsize', 'off', '--no-grad-smoothing']
+TIMM_ARMS = {
+    'timm, fixed 32 px': OFF,
+    'timm, scheduled sizes': OFF,
+    'timm, scheduled sizes, pixels of D+': [*OFF, '--epochs', '14'],
 }
+ARMS = (MIXSIZE, *TIMM_ARMS)
 
 
 def scheduled_loader(training: Training) -> Any:
@@ -45,17 +49,34 @@ def scheduled_loader(training: Training) -> Any:
         color_jitter=args.color_jitter, interpolation=args.train_interpolation)
 
 
-def train(arm: str, model: str, seed: int) -> Dict[str, Any]:
-    """Train one arm with one seed and measure it."""
-    start = time.time()
+def train_mixsize(model: str, seed: int) -> Dict[str, Any]:
+    """Run the README's first command with a seed, and read what it leaves."""
     with tempfile.TemporaryDirectory() as folder:
-        argv = ['--model', model, '--seed', str(seed), '--output', folder, '--calibrate-val', '0', *ARMS[arm]]
-        training = Training(parse_args(argv))
+        argv = ['--model', model, '--seed', str(seed)]
+        start = time.time()
+        subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '-m', 'mixsize_timm.train', *argv,
+                        '--output', folder, '--experiment', 'run'], check=True)
+        seconds = time.time() - start
+        with open(os.path.join(folder, 'run', 'sizes.json')) as file:
+            results = json.load(file)['results']
+    args = parse_args(argv)
+    regime = make_regime(args, (3, args.img_size, args.img_size))
+    plan = plan_epoch(regime, len(DigitsDataset('train')), seed=seed)
+    pixels = int((plan.size**2 * plan.batch * plan.duplicates).sum())
+    return {'argv': argv, 'steps': plan.num_steps * args.epochs, 'megapixels': pixels * args.epochs / 1e6,
+            'seconds': seconds, 'results': results}
+
+
+def train_timm(arm: str, model: str, seed: int) -> Dict[str, Any]:
+    """Train with timm's fixed or scheduled sizes, without smoothing, and measure as a MixSize run is measured."""
+    start = time.time()
+    argv = ['--model', model, '--seed', str(seed), *TIMM_ARMS[arm]]
+    with tempfile.TemporaryDirectory() as folder:
+        training = Training(parse_args([*argv, '--output', folder]))
         if 'scheduled' in arm:
             training.data.loader = scheduled_loader(training)
             training.data.num_steps = len(training.data.loader)
-            # the schedule of the learning rate is in steps: make it anew
-            training.lr_scheduler = timm.scheduler.create_scheduler_v2(
+            training.lr_scheduler = timm.scheduler.create_scheduler_v2(  # anew, for it counts in steps
                 training.optimizer, **timm.scheduler.scheduler_kwargs(training.args),
                 updates_per_epoch=training.data.num_steps)[0]
         spent = {'steps': 0, 'pixels': 0}
@@ -68,8 +89,8 @@ def train(arm: str, model: str, seed: int) -> Dict[str, Any]:
         training.task.register_forward_pre_hook(count)
         training.run()
         results = training.measure(SIZES)
-    return {'arm': arm, 'model': model, 'seed': seed, 'argv': argv[:4] + argv[6:], 'steps': spent['steps'],
-            'megapixels': spent['pixels'] / 1e6, 'seconds': time.time() - start, 'results': results}
+    return {'argv': argv, 'steps': spent['steps'], 'megapixels': spent['pixels'] / 1e6,
+            'seconds': time.time() - start, 'results': results}
 
 
 def table(runs: List[Dict[str, Any]]) -> str:
@@ -90,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', default='resnet50')
     parser.add_argument('--seeds', type=int, nargs='+', default=[42, 43, 44])
-    parser.add_argument('--arms', nargs='+', default=list(ARMS), choices=list(ARMS))
+    parser.add_argument('--arms', nargs='+', default=ARMS, choices=ARMS)
     parser.add_argument('--json', required=True, help='file to add the runs to; what stands in it is not run again')
     args = parser.parse_args()
     document: Dict[str, Any] = {'runs': []}
@@ -102,11 +123,12 @@ def main() -> None:
         machine=f'{platform.machine()}, {os.cpu_count()} CPU cores', date=time.strftime('%Y-%m-%d'),
         versions={'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
                   'accelerate': accelerate.__version__})
-    for seed in args.seeds:
-        for arm in args.arms:
+    for arm in args.arms:
+        for seed in args.seeds:
             if any((r['arm'], r['model'], r['seed']) == (arm, args.model, seed) for r in document['runs']):
                 continue
-            document['runs'].append(train(arm, args.model, seed))
+            run = train_mixsize(args.model, seed) if arm == MIXSIZE else train_timm(arm, args.model, seed)
+            document['runs'].append({'arm': arm, 'model': args.model, 'seed': seed, **run})
             with open(args.json, 'w') as file:
                 json.dump(document, file, indent=1)
     print(table([run for run in document['runs'] if run['model'] == args.model]))

@@ -68,7 +68,8 @@ def create_model(args: argparse.Namespace) -> nn.Module:
         overlay['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)
     with _refusing(f'cannot make {args.model}'):
         model: Any = timm.create_model(
-            args.model, pretrained=args.pretrained, in_chans=args.in_chans or (args.input_size or [3])[0],
+            args.model, pretrained=args.pretrained or bool(args.pretrained_path),
+            in_chans=args.in_chans or (args.input_size or [3])[0],
             num_classes=args.num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path,
             drop_block_rate=args.drop_block, global_pool=args.gp, bn_momentum=args.bn_momentum, bn_eps=args.bn_eps,
             checkpoint_path=args.initial_checkpoint, **overlay, **args.model_kwargs)

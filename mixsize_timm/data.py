@@ -1,22 +1,16 @@
 """The MixSize loader: images decoded once, duplicated, and transformed for the size of their step."""
-import copy
-import logging
 import random
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import timm.data
 import torch
-from PIL import Image
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from .datasets import ReadableDataset
 from .regime import Regime
 from .sampler import Group, MixSizeBatchSampler
-
-_logger = logging.getLogger(__name__)
-
-_MAX_UNREADABLE = 10  # images in a row, as in timm
 
 
 class MixSizeDataset(Dataset):
@@ -55,7 +49,7 @@ class MixSizeDataset(Dataset):
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         try:
             for index in group.images.tolist():
-                image, target = self._read(index)
+                image, target = self.dataset[index]
                 for duplicate in range(group.duplicates):
                     _seed(self.seed, group.epoch, index, duplicate)
                     samples.append((transform(image), target))
@@ -70,40 +64,6 @@ class MixSizeDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
-
-    def _read(self, index: int) -> Tuple[Any, Any]:
-        """The decoded image and its target; for one that cannot be read the next that can, with a warning."""
-        for offset in range(_MAX_UNREADABLE):
-            candidate = (index + offset) % len(self)
-            try:
-                return _decode(self.dataset, candidate)
-            except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files
-                name = _filename(self.dataset, candidate)
-                _logger.warning('Cannot read image %s, the next one takes its place: %s', name, error)
-        raise RuntimeError(f'{_MAX_UNREADABLE} images in a row cannot be read, the last one {name}')
-
-
-def _decode(dataset: Any, index: int) -> Tuple[Any, Any]:
-    """One image and target. timm's own data set would answer an unreadable file silently with another, so its reader
-    is read.
-    """
-    if not isinstance(dataset, timm.data.ImageDataset) or dataset.load_bytes:
-        return dataset[index]
-    file, target, *_ = dataset.reader[index]
-    with Image.open(file) as image:
-        decoded = image.convert(dataset.input_img_mode) if dataset.input_img_mode else image.copy()
-    if target is None:
-        target = -1
-    elif dataset.target_transform is not None:
-        target = dataset.target_transform(target)
-    return decoded, target
-
-
-def _filename(dataset: Any, index: int) -> str:
-    try:
-        return str(dataset.filename(index, absolute=True))
-    except (AttributeError, TypeError):
-        return f'number {index}'
 
 
 def _seed(*key: int) -> None:
@@ -218,7 +178,7 @@ def create_loader(
     # timm's own loader of scheduled sizes makes the transforms, collation and prefetcher from its arguments
     kwargs.setdefault('device', torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
     template = timm.data.create_loader(
-        copy.copy(dataset), input_size, 1, True, input_size_choices=regime.sizes, num_batches=1, **kwargs)
+        ReadableDataset(dataset), input_size, 1, True, input_size_choices=regime.sizes, num_batches=1, **kwargs)
     inner = template.loader if isinstance(template, PrefetchLoader) else template
     scheduled: Any = inner.dataset
     loader: Any = DataLoader(

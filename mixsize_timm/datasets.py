@@ -1,14 +1,81 @@
 """Data sets: the embedded digits, and timm's with their faults found before the first step."""
+import copy
+import logging
 import os
 from typing import Any, Callable, List, Optional, Tuple
 
 import numpy as np
 import timm.data
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
+
+_logger = logging.getLogger(__name__)
 
 DIGITS = 'digits'
 _TRAIN_SPLITS = ('train', 'training')
+
+
+class ReadableDataset(Dataset):
+    """A map-style data set of images in which a file that cannot be read does not end the run.
+
+    The file is named in a warning, and the next image that can be read takes its place, with its own target. (timm's
+    ``ImageDataset`` does the same but does not name it; so its reader is read.)
+
+    Args:
+        dataset: Data set of PIL images and targets. It is not changed; its own ``transform`` is not applied.
+    """
+    MAX_UNREADABLE = 10  # in a row, as in timm
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = copy.copy(dataset)
+        self.dataset.transform = None
+        self.transform: Optional[Callable] = None
+
+    def __getitem__(self, index: int) -> Tuple[Any, Any]:
+        """The image, transformed where a ``transform`` is set, and its target.
+
+        Raises:
+            RuntimeError: Ten images in a row cannot be read.
+        """
+        for candidate in range(index, index + self.MAX_UNREADABLE):
+            candidate %= len(self)
+            try:
+                image, target = self._decode(candidate)
+                break
+            except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files
+                _logger.warning('Cannot read image %s, the next one takes its place: %s', self.filename(candidate), error)
+        else:
+            raise RuntimeError(
+                f'{self.MAX_UNREADABLE} images in a row cannot be read, the last one {self.filename(candidate)}')
+        return (image if self.transform is None else self.transform(image)), target
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'dataset':
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def filename(self, index: int, **kwargs: Any) -> str:
+        """Path of an image where the data set knows it, else its number."""
+        try:
+            return str(self.dataset.filename(index, **(kwargs or {'absolute': True})))
+        except (AttributeError, TypeError):
+            return f'number {index}'
+
+    def _decode(self, index: int) -> Tuple[Any, Any]:
+        dataset = self.dataset
+        if not isinstance(dataset, timm.data.ImageDataset) or dataset.load_bytes:
+            return dataset[index]
+        file, target, *_ = dataset.reader[index]
+        with Image.open(file) as image:
+            decoded = image.convert(dataset.input_img_mode) if dataset.input_img_mode else image.copy()
+        if target is None:
+            target = -1
+        elif dataset.target_transform is not None:
+            target = dataset.target_transform(target)
+        return decoded, target
 
 
 class DigitsDataset(Dataset):
@@ -52,6 +119,8 @@ class DigitsDataset(Dataset):
 def create_dataset(name: str, root: Optional[str] = None, split: str = 'validation', **kwargs: Any) -> Dataset:
     """timm's ``create_dataset``, and ``digits`` as one more name; what cannot work is said here.
 
+    A map-style data set is returned as a :class:`ReadableDataset`.
+
     Args:
         name: Any name that ``timm.data.create_dataset`` knows, or ``digits``.
         root: Root folder, as timm has it.
@@ -71,11 +140,13 @@ def create_dataset(name: str, root: Optional[str] = None, split: str = 'validati
     except (AssertionError, RuntimeError, OSError, ImportError) as error:  # as timm and the libraries behind it refuse
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise ValueError(f'cannot open the {split!r} split of {name or root!r}: {reason}') from error
-    if hasattr(dataset, '__len__') and not len(dataset) and hasattr(dataset, '__getitem__'):
+    if isinstance(dataset, IterableDataset):
+        return dataset
+    if not len(dataset):
         raise FileNotFoundError(f'the {split!r} split of {name or root!r} holds no images')
     if not kwargs.get('class_map'):
         _check_class_folders(dataset)
-    return dataset
+    return ReadableDataset(dataset)
 
 
 def class_names(dataset: Dataset) -> Optional[List[str]]:

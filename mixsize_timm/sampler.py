@@ -259,7 +259,7 @@ def describe_plan(regime: Regime, num_images: int, world_size: int = 1, drop: st
         The table, and one line for every size without a step and for more than a tenth of the images dropped.
     """
     batches = size_batches(regime, num_images, world_size, drop)
-    lines = [' size  share   batch  dup   groups   images   work']
+    lines = [' size  share   batch  dup  batches   images   work']
     for size, prob in zip(regime.sizes, regime.probs):
         batch, duplicates = regime.group(size)
         lines.append(f'{size:>5d}  {prob:>5.3f}  {batch * world_size:>6d}  {duplicates:>3d}  {len(batches[size]):>7d}  '

@@ -198,6 +198,9 @@ class Training:
             self.accelerator.init_trackers(
                 self.args.wandb_project or 'mixsize-timm', config=vars(self.args),
                 init_kwargs={'wandb': dict(name=os.path.basename(self.folder), tags=self.args.wandb_tags)})
+        if self.start_epoch >= self.num_epochs:
+            _logger.info('All %d epochs of this run are trained: raise --epochs to train on', self.num_epochs)
+            return
         _logger.info('Training %s for epochs %d to %d on %d %s of %s, results in %s', self.args.model,
                      self.start_epoch, self.num_epochs - 1, self.accelerator.num_processes,
                      'process' if self.accelerator.num_processes == 1 else 'processes',

@@ -33,7 +33,7 @@ def test_digits_are_timm_compatible():
 
 def test_a_folder_is_timms(image_folder):
     dataset = create_dataset('', str(image_folder), 'train')
-    assert isinstance(dataset, ImageDataset) and len(dataset) == 24
+    assert isinstance(dataset.dataset, ImageDataset) and len(dataset) == 24
     assert class_names(dataset) == ['cat', 'dog']
 
 
@@ -102,3 +102,14 @@ def test_class_counts_and_names_must_agree(image_folder):
     write_images(image_folder / 'train' / 'bird', 1)
     with pytest.raises(ValueError, match='differ in bird'):
         check_classes(create_dataset('', str(image_folder), 'train'), validation, num_classes=3)
+
+
+@pytest.mark.parametrize('name', ['', 'torch/image_folder'])
+def test_a_broken_file_is_named_and_replaced_in_any_data_set(image_folder, caplog, name):
+    (image_folder / 'train' / 'cat' / '011.jpg').write_bytes(b'broken')
+    dataset = create_dataset(name, str(image_folder), 'train')
+    image, target = dataset[11]
+    assert target == 1 and image.size == (40, 30)  # the next file is the first of the dogs
+    assert ('cat/011.jpg' in caplog.text) if name == '' else ('number 11' in caplog.text)
+    dataset.transform = lambda image: image.mode
+    assert dataset[0] == ('RGB', 0)

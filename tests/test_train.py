@@ -55,7 +55,7 @@ def test_a_run_leaves_what_it_says(tmp_path, image_folder, capsys, caplog):
     model.load_state_dict(load_file(folder / 'best' / 'model.safetensors'))
     out = capsys.readouterr().out
     assert 'img_size  calibrated  running statistics' in out and str(folder) in out
-    assert 'size  share   batch  dup' in caplog.text and 'Train 1 [' in caplog.text and 'norm' in caplog.text
+    assert ' size  share   batch  dup  batches' in caplog.text and 'Train 1 [' in caplog.text and 'norm' in caplog.text
     assert 'Validation 1  32 px  calibrated' in caplog.text
 
 
