@@ -1,9 +1,10 @@
 """ResNet-50 on the embedded digits: MixSize beside timm's fixed and scheduled sizes.
 
-The first arm is the README's first command; the others are timm's own loaders with the same recipe. Each is measured at
-16, 24, 32 and 48 px, with its own running statistics and with calibrated ones. Prints a table, and adds to a JSON file after each run, so that it can be stopped and continued.
+The first arm is the README's first command; the others are timm's own loaders with the same recipe. Each is measured
+at 16, 24, 32 and 48 px, with its own running statistics and with calibrated ones. Prints a table, and adds to a JSON
+file after each run, so that it can be stopped and continued.
 
-    python benchmarks/digits.py --seeds 42 43 44 --json benchmarks/results/digits.json
+    python benchmarks/digits.py --seeds 42 43 44 --json benchmarks/results/digits-resnet50-cpu.json
 """
 import argparse
 import json

@@ -4,6 +4,7 @@ import difflib
 import importlib.resources
 import logging
 import os
+from pathlib import Path
 from typing import Any, Dict, List, NoReturn, Optional, Tuple
 
 import yaml
@@ -20,6 +21,13 @@ ARGS_FILE = 'args.yaml'
 
 class UsageError(Exception):
     """Something the user asked for cannot be done; the message is one line that says what to do."""
+
+
+class _KeyValues(ParseKwargs):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if any('=' not in value for value in values):
+            raise UsageError(f'{option_string} takes NAME=VALUE, not {" ".join(values)}')
+        super().__call__(parser, namespace, values, option_string)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -126,7 +134,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
                        help='batches of one size that make an optimizer step (default: 1)')
     group.add_argument('--grad-checkpointing', action='store_true', default=False,
                        help='recompute activations in the backward pass to save memory')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V',
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=_KeyValues, metavar='K=V',
                        help='further arguments of the model')
 
 
@@ -148,7 +156,7 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'),
                        help='how to clip (default: norm)')
     group.add_argument('--layer-decay', type=float, default=None, metavar='X', help='learning rate decay by layer')
-    group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V',
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=_KeyValues, metavar='K=V',
                        help='further arguments of the optimizer')
 
 
@@ -272,20 +280,27 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     if given.config:
         layers.append(_read_yaml(given.config))
     stated: Dict[str, Any] = {key: value for layer in layers for key, value in layer.items()}
+    recipe: Dict[str, Any] = {}
     if not any((given.data, given.data_dir, given.dataset not in ('', DIGITS),
                 stated.get('data'), stated.get('data_dir'), stated.get('dataset', '') not in ('', DIGITS))):
-        layers.insert(0, {**_recipe('digits'), 'dataset': DIGITS})
+        recipe = {**_recipe('digits'), 'dataset': DIGITS}
+        layers.insert(0, recipe)
     for layer in layers:
         _set_defaults(parser, layer)
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or args.data
+    if recipe and args.opt != recipe['opt'] and args.opt_kwargs == recipe['opt_kwargs']:
+        args.opt_kwargs = {}  # they were the other optimizer's
     _check(args)
     return args
 
 
 def _recipe(name: str) -> Dict[str, Any]:
-    text = importlib.resources.files('mixsize_timm.recipes').joinpath(f'{name}.yaml').read_text(encoding='utf-8')
-    return yaml.safe_load(text)
+    try:
+        folder: Any = importlib.resources.files('mixsize_timm.recipes')
+    except ModuleNotFoundError:  # run from a clone that is not installed
+        folder = Path(__file__).parents[1] / 'recipes'
+    return yaml.safe_load(folder.joinpath(f'{name}.yaml').read_text(encoding='utf-8'))
 
 
 def _read_yaml(path: str) -> Dict[str, Any]:
@@ -300,20 +315,35 @@ def _read_yaml(path: str) -> Dict[str, Any]:
 
 
 def _set_defaults(parser: argparse.ArgumentParser, values: Dict[str, Any]) -> None:
-    known = {action.dest for action in parser._actions}
+    known = {action.dest: action for action in parser._actions}
     for key in values.keys() - known:
         close = difflib.get_close_matches(str(key), known, 1)
         _logger.warning('Unknown argument %r in the configuration%s', key,
                         f': did you mean {close[0]!r}?' if close else '')
-    parser.set_defaults(**{key: value for key, value in values.items() if key in known})
+    parser.set_defaults(**{key: _checked(known[key], value) for key, value in values.items() if key in known})
+
+
+def _checked(action: argparse.Action, value: Any) -> Any:
+    """A configuration's value, checked as the command line's would be: argparse does not check defaults."""
+    if value is None:
+        return value
+    if action.choices:
+        if value is False:  # YAML reads a bare off or no so
+            value = next((word for word in ('off', 'no') if word in action.choices), value)
+        if value not in action.choices:
+            raise UsageError(f'{action.dest} must be one of {", ".join(map(str, action.choices))}, not {value!r}')
+    if action.nargs == '+' and not isinstance(value, (list, tuple)):
+        return [value]
+    return value
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ('batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs', 'val_interval', 'log_interval'):
+    for name in ('batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs', 'val_interval', 'log_interval',
+                 'lr_base_size'):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f'--{name.replace("_", "-")} must be at least 1, not {value}')
-    for name in ('workers', 'calibrate', 'calibrate_val'):
+    for name in ('workers', 'calibrate', 'calibrate_val', 'seed'):
         if getattr(args, name) < 0:
             raise UsageError(f'--{name.replace("_", "-")} must not be negative, not {getattr(args, name)}')
     if not 0 <= args.grad_smoothing_momentum < 1:
@@ -324,6 +354,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError('--mixsize custom needs --mixsize-sizes')
     if args.mixsize != 'custom' and (args.mixsize_sizes or args.mixsize_probs):
         raise UsageError('--mixsize-sizes and --mixsize-probs need --mixsize custom')
+    if args.mixsize == 'off':
+        for name, default in (('adapt', 'd+'), ('duplicates', 1), ('max_work', None), ('drop', 'tail')):
+            if getattr(args, f'mixsize_{name}') != default:
+                raise UsageError(f'--mixsize off trains one size: leave out --mixsize-{name.replace("_", "-")}')
     if args.sched == 'plateau' and args.sched_on_updates:
         raise UsageError('--sched plateau steps after an epoch: leave out --sched-on-updates')
 

@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterator, Optional, Tuple
 
 import timm
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from safetensors import SafetensorError
 from timm.data import FastCollateMixup, Mixup, resolve_data_config
 from timm.layers import convert_sync_batchnorm
@@ -17,13 +17,14 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask, TrainingTask
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from .args import UsageError, make_regime, mixing
 from .data import MixSizeLoader, create_loader
-from .datasets import DIGITS, check_classes, create_dataset
+from .datasets import DIGITS, check_classes, check_splits, create_dataset
 from .regime import Regime
 from .sampler import EpochPlan, describe_plan
-from .sizes import fit_sizes, size_probe
+from .sizes import SizeProbe, fit_sizes
 
 _logger = logging.getLogger(__name__)
 
@@ -41,8 +42,11 @@ def _refusing(what: str = '') -> Iterator[None]:
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
     """The Accelerator of the run; on the CPU with all cores, where the launcher would leave one thread a process."""
-    with _refusing():
+    with _refusing('Accelerate'):
         accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with='wandb' if args.log_wandb else None)
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise UsageError(f'{accelerator.distributed_type.value} is not supported: configure Accelerate for plain data '
+                         'parallelism')
     if accelerator.device.type == 'cpu':
         if accelerator.mixed_precision == 'fp16':
             raise UsageError('--mixed-precision fp16 needs a GPU: use bf16 or no')
@@ -66,13 +70,14 @@ def create_model(args: argparse.Namespace) -> nn.Module:
     overlay: Dict[str, Any] = {}
     if args.pretrained_path:
         overlay['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)
+    fresh = not args.resume  # a resumed run brings its own weights
     with _refusing(f'cannot make {args.model}'):
         model: Any = timm.create_model(
-            args.model, pretrained=args.pretrained or bool(args.pretrained_path),
+            args.model, pretrained=fresh and bool(args.pretrained or args.pretrained_path),
             in_chans=args.in_chans or (args.input_size or [3])[0],
             num_classes=args.num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path,
             drop_block_rate=args.drop_block, global_pool=args.gp, bn_momentum=args.bn_momentum, bn_eps=args.bn_eps,
-            checkpoint_path=args.initial_checkpoint, **overlay, **args.model_kwargs)
+            checkpoint_path=args.initial_checkpoint if fresh else '', **overlay, **args.model_kwargs)
         if args.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)
     args.num_classes = model.num_classes
@@ -82,10 +87,17 @@ def create_model(args: argparse.Namespace) -> nn.Module:
 def fit_regime(args: argparse.Namespace, model: nn.Module, input_size: Tuple[int, int, int]) -> Optional[Regime]:
     """The regime asked for, moved to sizes that the model takes; ``None`` for ``--mixsize off``."""
     regime = make_regime(args, input_size)
+    channels, height, width = input_size
+    takes = SizeProbe(model, channels, (height, width))
+    if not takes((height, width)) and regime is None:
+        raise UsageError(f'{args.model} does not take images of {height}x{width} px: {takes.reason}')
     if regime is None:
         return None
-    with _refusing(args.model):
-        regime, moved = fit_sizes(regime, size_probe(model, input_size[0], regime.base_size))
+    try:
+        regime, moved = fit_sizes(regime, takes)
+    except ValueError as error:
+        reason = '' if takes(regime.base_size) else f' ({takes.reason})'
+        raise UsageError(f'{args.model}: {error}{reason}') from error
     for old, new in moved.items():
         _logger.warning('%s does not take %d px: trained at %d px instead', args.model, old, new)
     return regime
@@ -103,13 +115,18 @@ class Data:
     def __init__(self, args: argparse.Namespace, model: nn.Module, accelerator: Accelerator) -> None:
         self.args = args
         self.accelerator = accelerator
-        self.config = resolve_data_config(vars(args), model=model)
+        with _refusing('--input-size, --mean and --std do not fit'):
+            self.config = resolve_data_config(vars(args), model=model)
         self.channels, *self.height_width = self.config['input_size']
         self.base_size: int = self.config['input_size'][-1]
         self.regime = fit_regime(args, model, self.config['input_size'])
         self.train, self.validation = self._create_datasets(args.num_classes)
         self.mixup_fn: Optional[Mixup] = None  # for batches that no loader mixes
         self.loader = self._train_loader()
+        self._validation_loaders: Dict[int, Any] = {}
+        if self.validation is not None:
+            with _refusing('cannot load the validation images'):
+                self.validation_loader(self.base_size)
         self.num_steps = self.start_epoch(0).num_steps  # of every epoch
 
     def start_epoch(self, epoch: int) -> EpochPlan:
@@ -117,28 +134,36 @@ class Data:
         args = self.args
         if self.mixup_fn is not None and args.mixup_off_epoch:
             self.mixup_fn.mixup_enabled = epoch < args.mixup_off_epoch
+        if mixing(args) and args.mixup_off_epoch and not args.no_prefetcher:
+            self.loader.mixup_enabled = epoch < args.mixup_off_epoch
         if isinstance(self.loader, MixSizeLoader):
             self.loader.set_epoch(epoch)
             return self.loader.batch_sampler.plan
         for part in (self.loader.dataset, self.loader.batch_sampler, self.loader.sampler):
             if hasattr(part, 'set_epoch'):
                 part.set_epoch(epoch)
-        if mixing(args) and args.mixup_off_epoch and not args.no_prefetcher:
-            self.loader.mixup_enabled = epoch < args.mixup_off_epoch
         return EpochPlan.of_loader(len(self.loader), self.base_size, args.batch_size * self.accelerator.num_processes,
                                    args.grad_accum_steps, epoch)
 
     def validation_loader(self, size: int) -> Any:
-        """timm's loader of the validation images at one size."""
-        return self._loader(
-            self.validation, size, self.args.validation_batch_size or self.args.batch_size, is_training=False,
-            interpolation=self.config['interpolation'], crop_pct=self.config['crop_pct'])
+        """timm's loader of the validation images at one size; that of the base size keeps its workers."""
+        if size not in self._validation_loaders:
+            self._validation_loaders[size] = self._loader(
+                self.validation, size, self.args.validation_batch_size or self.args.batch_size, is_training=False,
+                interpolation=self.config['interpolation'], crop_pct=self.config['crop_pct'],
+                persistent_workers=size == self.base_size)
+        return self._validation_loaders[size]
 
     def calibration_loader(self, size: int) -> Any:
-        """Training images at one size in equal batches, augmented as in training; the same ones each time."""
-        return self._loader(
-            self.train, size, self.args.batch_size, regime=Regime.fixed(size, batch_size=self.args.batch_size),
-            seed=self.args.seed, persistent_workers=False, **self._augmentation())
+        """Training images at one size in equal batches, augmented as in training.
+
+        The same ones each time; only data that streams, or images that are not square, are drawn by timm's loader.
+        """
+        planned = {}
+        if not isinstance(self.train, IterableDataset) and self.height_width == [self.base_size] * 2:
+            planned = dict(regime=Regime.fixed(size, batch_size=self.args.batch_size), seed=self.args.seed)
+        return self._loader(self.train, size, self.args.batch_size, persistent_workers=False, **planned,
+                            **self._augmentation())
 
     def describe(self) -> None:
         """Log what is trained on, and at which sizes."""
@@ -171,6 +196,8 @@ class Data:
             if args.val_split:
                 validation = create_dataset(args.dataset, args.data_dir, args.val_split,
                                             num_samples=args.val_num_samples, **options)
+                if args.val_split != args.train_split:
+                    check_splits(train, validation, args.val_split)
             check_classes(train, validation, num_classes)
         return train, validation
 
@@ -189,8 +216,7 @@ class Data:
             else:
                 collate_fn = FastCollateMixup(**options)
         planned = {} if self.regime is None else dict(
-            regime=self.regime, seed=args.seed, grad_accum_steps=args.grad_accum_steps, drop=args.mixsize_drop,
-            mixup_off_epoch=args.mixup_off_epoch if collate_fn else 0)
+            regime=self.regime, seed=args.seed, grad_accum_steps=args.grad_accum_steps, drop=args.mixsize_drop)
         with _refusing('cannot load the training images'):
             loader = self._loader(self.train, self.base_size, args.batch_size, collate_fn=collate_fn, **planned,
                                   **self._augmentation())
@@ -232,10 +258,10 @@ def create_task(args: argparse.Namespace, model: nn.Module, accelerator: Acceler
     with _refusing(f'--opt {args.opt}'):
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     model, optimizer = accelerator.prepare(model, optimizer)
-    task = ClassificationTask(
-        model, criterion_kwargs=dict(smoothing=args.smoothing, soft_targets=mixing(args)), device=accelerator.device,
-        verbose=False)
-    return task, optimizer
+    with _refusing(f'--smoothing {args.smoothing}'):
+        return ClassificationTask(
+            model, criterion_kwargs=dict(smoothing=args.smoothing, soft_targets=mixing(args)),
+            device=accelerator.device, verbose=False), optimizer
 
 
 def create_schedule(args: argparse.Namespace, optimizer: Any, data: Data) -> Tuple[Any, int]:
@@ -251,13 +277,14 @@ def scale_lr(args: argparse.Namespace, regime: Optional[Regime], num_processes: 
 
     Duplicates and the batches of other sizes do not count; the mean batch is logged beside.
     """
-    if args.lr:
-        return args.lr
     batch = args.batch_size * num_processes * args.grad_accum_steps
+    mean = batch * regime.mean_batch / regime.batch_size if regime else batch
+    if args.lr:
+        _logger.info('Learning rate %.4g; the base batch is %d, the mean batch %.1f', args.lr, batch, mean)
+        return args.lr
     root = args.lr_base_scale == 'sqrt' or (
         not args.lr_base_scale and any(name in args.opt.lower() for name in ('ada', 'lamb')))
     lr = args.lr_base * (batch / args.lr_base_size)**(0.5 if root else 1)
-    mean = batch * regime.mean_batch / regime.batch_size if regime else batch
     _logger.info('Learning rate %.4g: %g for %d images, scaled %s to the base batch of %d; the mean batch is %.1f',
                  lr, args.lr_base, args.lr_base_size, 'by the root' if root else 'linearly', batch, mean)
     return lr

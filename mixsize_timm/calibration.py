@@ -42,9 +42,7 @@ def calibrate(model: nn.Module, loader: Iterable[Any], num_batches: Optional[int
     if num_batches is not None and num_batches < 1:
         raise ValueError(f'num_batches must be at least 1, not {num_batches}')
     model = copy.deepcopy(model).eval()
-    in_training = any(p.requires_grad for p in model.parameters())  # else nothing was frozen on purpose
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats
-              and not (in_training and _frozen(m))]
+    layers = calibrated_layers(model)
     _warn_of_unserved(model)
     if not layers:
         return model
@@ -57,6 +55,13 @@ def calibrate(model: nn.Module, loader: Iterable[Any], num_batches: Optional[int
     for layer, momentum in zip(layers, momenta):
         layer.momentum = momentum
     return model.eval()
+
+
+def calibrated_layers(model: nn.Module) -> List[_BatchNorm]:
+    """The layers whose statistics :func:`calibrate` computes; without any there is nothing to calibrate."""
+    in_training = any(p.requires_grad for p in model.parameters())  # else nothing was frozen on purpose
+    return [m for m in model.modules()
+            if isinstance(m, _BatchNorm) and m.track_running_stats and not (in_training and _frozen(m))]
 
 
 @torch.no_grad()

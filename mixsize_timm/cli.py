@@ -16,7 +16,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(f'usage: mixsize COMMAND ...\n\n{names}')
         return 0
     if not argv or argv[0] not in _COMMANDS:
-        what = f'no command {argv[0]!r}' if argv else 'which command?'
+        what = f'there is no command {argv[0]!r}.' if argv else 'which command?'
         print(f'mixsize: error: {what} Choose from: {", ".join(_COMMANDS)}', file=sys.stderr)
         return 2
     return importlib.import_module(_COMMANDS[argv[0]][0]).main(argv[1:])

@@ -17,14 +17,14 @@ class MixSizeDataset(Dataset):
     """Answers a :class:`~mixsize_timm.sampler.Group` with its batch, each image decoded once.
 
     An augmentation is a function of (seed, epoch, image, duplicate): the number of workers or processes changes no
-    pixel, and neither does what was drawn before. The caller's random state is left as it was.
+    pixel, and neither does what was drawn before. (Mixup is drawn for a process's batch as a whole.) The caller's
+    random state is left as it was.
 
     Args:
         dataset: Map-style data set of PIL images and targets, without a transform.
         transforms: A transform for each size in pixels.
         collate_fn: Makes a batch of a list of samples; timm's mixup is one.
         seed: Seed of the run.
-        mixup_off_epoch: Epoch from which a mixup ``collate_fn`` no longer mixes; 0 for never.
     """
 
     def __init__(
@@ -33,13 +33,11 @@ class MixSizeDataset(Dataset):
             transforms: Dict[int, Callable],
             collate_fn: Callable,
             seed: int = 42,
-            mixup_off_epoch: int = 0,
     ) -> None:
         self.dataset = dataset
         self.transforms = transforms
         self.collate_fn: Any = collate_fn
         self.seed = seed
-        self.mixup_off_epoch = mixup_off_epoch
 
     def __getitems__(self, group: Group) -> Any:
         """The batch of ``batch * duplicates`` samples, the duplicates of an image one after the other."""
@@ -53,8 +51,8 @@ class MixSizeDataset(Dataset):
                 for duplicate in range(group.duplicates):
                     _seed(self.seed, group.epoch, index, duplicate)
                     samples.append((transform(image), target))
-            if self.mixup_off_epoch:  # here, for a worker would not see a switch that is thrown in the main process
-                self.collate_fn.mixup_enabled = group.epoch < self.mixup_off_epoch
+            if hasattr(self.collate_fn, 'mixup_enabled'):
+                self.collate_fn.mixup_enabled = group.mixup
             _seed(self.seed, group.epoch, int(group.images[0]), -1)
             return self.collate_fn(samples)
         finally:
@@ -116,10 +114,14 @@ class MixSizeLoader:
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
-    def __getattr__(self, name: str) -> Any:  # timm's mixup switch and the like
-        if name == 'loader':
-            raise AttributeError(name)
-        return getattr(self.loader, name)
+    @property
+    def mixup_enabled(self) -> bool:
+        """Whether a mixup ``collate_fn`` mixes; a change reaches the workers with the next iteration."""
+        return self.batch_sampler.mixup_enabled
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, enabled: bool) -> None:
+        self.batch_sampler.mixup_enabled = enabled
 
 
 def create_loader(
@@ -134,7 +136,6 @@ def create_loader(
         world_size: Optional[int] = None,
         grad_accum_steps: int = 1,
         drop: str = 'tail',
-        mixup_off_epoch: int = 0,
         **kwargs: Any,
 ) -> Any:
     """timm's ``create_loader`` with a regime; without one it *is* timm's.
@@ -150,7 +151,6 @@ def create_loader(
         world_size: Number of processes, likewise.
         grad_accum_steps: Groups of one size that make an optimizer step.
         drop: See :func:`~mixsize_timm.sampler.size_batches`.
-        mixup_off_epoch: Epoch from which timm's ``FastCollateMixup`` as ``collate_fn`` no longer mixes; 0 for never.
         **kwargs: Every other argument of ``timm.data.create_loader``, with its meaning.
 
     Returns:
@@ -170,6 +170,9 @@ def create_loader(
         raise TypeError('MixSize needs a data set with random access, and this one streams: use --mixsize off')
     if batch_size != regime.batch_size:
         raise ValueError(f'batch_size {batch_size} is not the {regime.batch_size} of the regime')
+    height_width = tuple(input_size[-2:]) if isinstance(input_size, (tuple, list)) else (input_size, input_size)
+    if height_width != (regime.base_size, regime.base_size):
+        raise ValueError(f'input_size {height_width} is not the base size {regime.base_size} of the regime')
     if kwargs.pop('distributed', False) and world_size is None:
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     sampler = MixSizeBatchSampler(
@@ -177,13 +180,13 @@ def create_loader(
 
     # timm's own loader of scheduled sizes makes the transforms, collation and prefetcher from its arguments
     kwargs.setdefault('device', torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
+    readable: Any = ReadableDataset(dataset)
     template = timm.data.create_loader(
-        ReadableDataset(dataset), input_size, 1, True, input_size_choices=regime.sizes, num_batches=1, **kwargs)
+        readable, input_size, 1, True, input_size_choices=regime.sizes, num_batches=1, **kwargs)
     inner = template.loader if isinstance(template, PrefetchLoader) else template
     scheduled: Any = inner.dataset
     loader: Any = DataLoader(
-        MixSizeDataset(scheduled.dataset, dict(zip(regime.sizes, scheduled.transforms)), inner.collate_fn, seed,
-                       mixup_off_epoch),
+        MixSizeDataset(scheduled.dataset, dict(zip(regime.sizes, scheduled.transforms)), inner.collate_fn, seed),
         batch_sampler=sampler,  # type: ignore[arg-type]
         num_workers=inner.num_workers,
         collate_fn=_collated,

@@ -7,7 +7,10 @@ from typing import Any, Callable, List, Optional, Tuple
 import numpy as np
 import timm.data
 from PIL import Image
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
+from torchvision.datasets import DatasetFolder
 
 _logger = logging.getLogger(__name__)
 
@@ -22,7 +25,7 @@ class ReadableDataset(Dataset):
     ``ImageDataset`` does the same but does not name it; so its reader is read.)
 
     Args:
-        dataset: Data set of PIL images and targets. It is not changed; its own ``transform`` is not applied.
+        dataset: Data set of PIL images and targets. It is not changed; its ``transform`` attribute is not used.
     """
     MAX_UNREADABLE = 10  # in a row, as in timm
 
@@ -40,20 +43,22 @@ class ReadableDataset(Dataset):
         for candidate in range(index, index + self.MAX_UNREADABLE):
             candidate %= len(self)
             try:
-                image, target = self._decode(candidate)
+                sample = self._decode(candidate)
                 break
             except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files
-                _logger.warning('Cannot read image %s, the next one takes its place: %s', self.filename(candidate), error)
+                _logger.warning('Cannot read image %s, the next one takes its place: %s', self.filename(candidate),
+                                error)
         else:
             raise RuntimeError(
                 f'{self.MAX_UNREADABLE} images in a row cannot be read, the last one {self.filename(candidate)}')
+        image, target = sample
         return (image if self.transform is None else self.transform(image)), target
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getattr__(self, name: str) -> Any:
-        if name == 'dataset':
+        if name == 'dataset' or name.startswith('__'):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
@@ -174,6 +179,27 @@ def check_classes(train: Dataset, validation: Optional[Dataset], num_classes: in
         odd = sorted(set(names) ^ set(other)) or ['the order of the classes']
         raise ValueError(f'the training and the validation split differ in {", ".join(odd[:5])}: '
                          'labels would not mean the same; give both the same class folders, or a --class-map')
+
+
+def check_splits(train: Dataset, validation: Dataset, split: str) -> None:
+    """Refuse a validation split that timm has not found: it reads the whole folder then, training images and all.
+
+    Raises:
+        ValueError: One split's images lie in the other's folder or file.
+    """
+    roots = [os.path.abspath(root) for root in map(_image_root, (train, validation)) if root]
+    if len(roots) == 2 and os.path.commonpath(roots) in roots:
+        raise ValueError(f'no {split!r} split beside {roots[0]!r}: name one with --val-split, or none with '
+                         '--val-split ""')
+
+
+def _image_root(dataset: Any) -> Optional[str]:
+    """The folder or tar file that holds just this split's images, where the data set is of that kind."""
+    reader = getattr(dataset, 'reader', None)
+    if isinstance(reader, (ReaderImageFolder, ReaderImageInTar)):
+        return reader.root
+    inner = getattr(dataset, 'dataset', None)
+    return str(inner.root) if isinstance(inner, DatasetFolder) else None
 
 
 def _check_class_folders(dataset: Dataset) -> None:

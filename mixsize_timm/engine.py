@@ -83,8 +83,9 @@ def train_one_epoch(
             meter.step(group, norms, optimizer)
             if lr_scheduler is not None:
                 lr_scheduler.step_update(num_updates=epoch * plan.num_steps + group.step + 1)
-    if hasattr(optimizer, 'sync_lookahead'):
-        optimizer.sync_lookahead()
+    inner = getattr(optimizer, 'optimizer', optimizer)  # Accelerate's wrapper has the methods of torch only
+    if hasattr(inner, 'sync_lookahead'):
+        inner.sync_lookahead()
     return OrderedDict(loss=meter.mean_loss())
 
 

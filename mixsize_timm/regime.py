@@ -121,10 +121,6 @@ class Regime:
         """Pixels of one epoch over those of an epoch at the base size without duplicates."""
         return sum(p * size**2 * self.group(size)[1] for size, p in zip(self.sizes, self.probs)) / self.base_size**2
 
-    def expected_steps(self, num_images: int) -> float:
-        """Steps of an epoch over ``num_images`` images per device, before whole batches are cut."""
-        return num_images / self.mean_batch
-
     def with_sizes(self, moved: Mapping[int, int]) -> 'Regime':
         """The same regime with sizes moved (old size -> new size); sizes that meet merge their probabilities."""
         merged = merge_sizes(moved, dict(zip(self.sizes, self.probs)))

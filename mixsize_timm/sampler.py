@@ -4,8 +4,7 @@ An epoch is a function of (regime, number of images, seed, epoch, world size): e
 takes its own slice of each group, so no communication is needed to agree on a size.
 """
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -26,6 +25,7 @@ class Group(NamedTuple):
     ends_step: bool  # the optimizer steps after it
     epoch: int
     images: Optional[np.ndarray]  # indices into the data set; a rank's own where taken by rank
+    mixup: bool = True  # whether a mixup collation mixes it
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,25 +225,29 @@ class MixSizeBatchSampler(Sampler[Group]):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
-        self._plan = lru_cache(maxsize=1)(lambda epoch: plan_epoch(
-            regime, num_images, seed=seed, epoch=epoch, world_size=world_size, grad_accum_steps=grad_accum_steps,
-            drop=drop))
-        self._length = len(self.plan)
+        self.mixup_enabled = True
+        self._arguments: Dict[str, Any] = dict(
+            regime=regime, num_images=num_images, seed=seed, world_size=world_size,
+            grad_accum_steps=grad_accum_steps, drop=drop)
+        self._plan = plan_epoch(**self._arguments)
 
     @property
     def plan(self) -> EpochPlan:
         """The plan of the current epoch."""
-        return self._plan(self.epoch)
+        if self._plan.epoch != self.epoch:
+            self._plan = plan_epoch(**self._arguments, epoch=self.epoch)
+        return self._plan
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration walks."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Group]:
-        return self.plan.groups(self.rank, self.world_size)
+        for group in self.plan.groups(self.rank, self.world_size):
+            yield group._replace(mixup=self.mixup_enabled)
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._plan)  # every epoch's
 
 
 def describe_plan(regime: Regime, num_images: int, world_size: int = 1, drop: str = 'tail') -> Tuple[str, List[str]]:
@@ -264,16 +268,15 @@ def describe_plan(regime: Regime, num_images: int, world_size: int = 1, drop: st
         batch, duplicates = regime.group(size)
         lines.append(f'{size:>5d}  {prob:>5.3f}  {batch * world_size:>6d}  {duplicates:>3d}  {len(batches[size]):>7d}  '
                      f'{sum(batches[size]):>7d}  {regime.relative_work(size):>4.2f}x')
-    peak = max(regime.sizes, key=regime.relative_work)
     dropped = num_images - sum(map(sum, batches.values()))
     lines.append(f'mean size {regime.mean_size:.1f} px, mean batch {regime.mean_batch * world_size:.1f}, an epoch '
                  f'{regime.relative_cost:.2f}x the pixels of one at {regime.base_size} px; '
-                 f'peak work {regime.relative_work(peak):.2f}x at {peak} px')
+                 f'peak work {regime.peak_work:.2f}x at {max(regime.sizes, key=regime.relative_work)} px')
     warnings = [f'No step at {size} px: its share of {prob:.3g} of {num_images} images fills no batch'
                 for size, prob in zip(regime.sizes, regime.probs) if not batches[size]]
     if dropped > num_images / 10:
         warnings.append(f'{dropped} of {num_images} images ({dropped / num_images:.0%}) are dropped in every epoch: '
                         'lower the batch size')
-    if any(regime.relative_work(size) > 1.1 for size in regime.sizes):
+    if regime.peak_work > 1.1:
         lines.append('a step of over 1x needs as much more memory; --mixsize-max-work 1 lowers its batch')
     return '\n'.join(lines), warnings

@@ -1,15 +1,17 @@
 """Which image sizes a model takes: asked of the model, since no rule on strides answers it."""
 import copy
-from typing import Callable, Dict, Iterator, List, Tuple
+from typing import Callable, Dict, Iterator, List, Tuple, Union
 
 import torch
 from torch import nn
 
 from .regime import SIZE_MULTIPLE, Regime
 
+Size = Union[int, Tuple[int, int]]
 
-def size_probe(model: nn.Module, in_chans: int = 3, known_size: int = 224) -> Callable[[int], bool]:
-    """A function that tells whether a model's forward pass takes a square image size.
+
+class SizeProbe:
+    """Tells whether a model's forward pass takes an image size: ``SizeProbe(model)(160)``.
 
     The passes run on the meta device, without arithmetic or memory, where the model works there at ``known_size``;
     otherwise on a copy on the CPU. The model itself is not touched.
@@ -17,23 +19,31 @@ def size_probe(model: nn.Module, in_chans: int = 3, known_size: int = 224) -> Ca
     Args:
         model: An image model that takes ``[N, C, H, W]``.
         in_chans: Channels ``C``.
-        known_size: A size in pixels that the model is known to take.
-    """
-    probed = copy.deepcopy(model).eval()
-    device = 'meta'
+        known_size: A size in pixels, or height and width, that the model should take.
 
-    def takes(size: int) -> bool:
+    Attributes:
+        reason: What the model said when it last refused a size.
+    """
+
+    def __init__(self, model: nn.Module, in_chans: int = 3, known_size: Size = 224) -> None:
+        self.in_chans = in_chans
+        self.reason = ''
+        self.device = 'meta'
+        self.model = copy.deepcopy(model).to(self.device).eval()
+        if not self(known_size):
+            self.device = 'cpu'
+            self.model = copy.deepcopy(model).to(self.device).eval()
+
+    @torch.inference_mode()
+    def __call__(self, size: Size) -> bool:
+        """Whether the model takes square images of ``size`` pixels, or of a height and width."""
+        height, width = (size, size) if isinstance(size, int) else size
         try:
-            with torch.inference_mode():
-                probed(torch.zeros(1, in_chans, size, size, device=device))
-        except Exception:  # what a refusal looks like is each model's own: assertion, shape, kernel size
+            self.model(torch.zeros(1, self.in_chans, height, width, device=self.device))
+        except Exception as error:  # what a refusal looks like is each model's own: assertion, shape, kernel size
+            self.reason = ' '.join(str(error).split())[:200] or type(error).__name__
             return False
         return True
-
-    probed.to(device)
-    if not takes(known_size):
-        probed, device = copy.deepcopy(model).to('cpu').eval(), 'cpu'
-    return takes
 
 
 def nearest_size(takes: Callable[[int], bool], size: int) -> int:
@@ -50,7 +60,7 @@ def fit_sizes(regime: Regime, takes: Callable[[int], bool]) -> Tuple[Regime, Dic
 
     Args:
         regime: The regime as asked for.
-        takes: Whether the model takes a size, see :func:`size_probe`.
+        takes: Whether the model takes a size, see :class:`SizeProbe`.
 
     Returns:
         The regime that fits, and the sizes that were moved, old to new.

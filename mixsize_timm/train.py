@@ -7,6 +7,7 @@ import sys
 from datetime import datetime
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import torch
 import yaml
 from accelerate.utils import gather_object
 from timm.models import safe_model_name
@@ -16,7 +17,7 @@ from torch import nn
 
 from .args import ARGS_FILE, UsageError, parse_args
 from .build import Data, create_accelerator, create_model, create_schedule, create_task, scale_lr
-from .calibration import calibrate
+from .calibration import calibrate, calibrated_layers
 from .checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from .engine import train_one_epoch, validate
 from .smoothing import GradientSmoother
@@ -25,6 +26,7 @@ _logger = logging.getLogger(__name__)
 
 SIZES_FILE = 'sizes.json'
 SUMMARY_FILE = 'summary.csv'
+LAST = 'last'
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -110,9 +112,9 @@ class Training:
         self._step_schedule(epoch + 1, eval_metrics.get('top1', train_metrics['loss']))
         state = self._state(epoch + 1)
         if self.accelerator.is_main_process:
-            save_checkpoint(os.path.join(self.folder, 'last'), self.model, state)
-            if improved:
+            if improved:  # first: the state that follows says that it is there
                 save_checkpoint(os.path.join(self.folder, 'best'), used)
+            save_checkpoint(os.path.join(self.folder, LAST), self.model, state)
         self.accelerator.wait_for_everyone()
 
     def _validate(self, epoch: int) -> Tuple[nn.Module, Dict[str, float]]:
@@ -121,7 +123,7 @@ class Training:
             return self.model, {}
         size = self.data.base_size
         own = self._evaluate(self.model, size)
-        if self.data.regime is None or not self.args.calibrate_val:
+        if self.data.regime is None or not self.args.calibrate_val or not calibrated_layers(self.model):
             _logger.info('Validation %d  %d px  %s', epoch, size, _summary(own))
             return self.model, own
         calibrated = self._calibrated(size, self.args.calibrate_val)
@@ -137,8 +139,10 @@ class Training:
             return
         results = self.measure(self.data.regime.sizes if self.data.regime else (self.data.base_size,))
         if self.accelerator.is_main_process:
-            _write_text(os.path.join(self.folder, SIZES_FILE), json.dumps({'results': results}, indent=2) + '\n')
-            print(_sizes_table(results, f'of the final weights, {len(self.data.validation)} validation images'))
+            regime = self.data.regime.to_dict() if self.data.regime else None
+            _write_text(os.path.join(self.folder, SIZES_FILE),
+                        json.dumps({'results': results, 'regime': regime}, indent=2) + '\n')
+            print(_sizes_table(results, bool(self.args.calibrate)))
             print(f'\nThe run is in {self.folder}')
 
     def measure(self, sizes: Sequence[int]) -> List[Dict[str, float]]:
@@ -146,7 +150,9 @@ class Training:
         results = []
         for size in sizes:
             own = self._evaluate(self.model, size)
-            used = self._evaluate(self._calibrated(size, self.args.calibrate), size) if self.args.calibrate else own
+            used = own
+            if self.args.calibrate and calibrated_layers(self.model):
+                used = self._evaluate(self._calibrated(size, self.args.calibrate), size)
             results.append({'img_size': size, **used, **{f'{k}_uncalibrated': v for k, v in own.items()}})
         return results
 
@@ -157,7 +163,10 @@ class Training:
         return model
 
     def _evaluate(self, model: nn.Module, size: int) -> Dict[str, float]:
-        return validate(model, self.data.validation_loader(size), self.task, self.accelerator, self.args.channels_last)
+        # torch's loaders draw from the global generator; only with --mixsize off shall training feel it, as timm's does
+        with torch.random.fork_rng(devices=[], enabled=self.data.regime is not None):
+            return validate(
+                model, self.data.validation_loader(size), self.task, self.accelerator, self.args.channels_last)
 
     def _step_schedule(self, epoch: int, metric: Optional[float] = None) -> None:
         if self.lr_scheduler is not None:  # timm has none for --sched none
@@ -181,7 +190,7 @@ class Training:
         name = args.experiment or '-'.join(
             [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(self.data.base_size)])
         folder = os.path.join(args.output or os.path.join('output', 'train'), name)
-        if os.path.exists(os.path.join(folder, ARGS_FILE)):
+        if any(os.path.exists(os.path.join(folder, name)) for name in (LAST, LAST + '.old', SIZES_FILE)):
             raise UsageError(f'{folder} already holds a run: choose another --experiment, or --resume {folder}')
         return folder
 
@@ -212,25 +221,28 @@ class Training:
         return {
             'epoch': epoch,
             'best': self.best,
+            'opt': self.args.opt,
             'optimizer': self.optimizer.state_dict(),
             'smoother': self.smoother.state_dict() if self.smoother else None,
             'scaler': scaler.state_dict() if scaler else None,
-            'schedule': self.lr_scheduler.state_dict() if self.args.sched == 'plateau' else None,
+            'plateau': self.lr_scheduler.lr_scheduler.state_dict() if self.args.sched == 'plateau' else None,
             'random': gather_object([random_state()]),
         }
 
     def _load(self, folder: str) -> None:
         try:
-            state = load_checkpoint(os.path.join(folder, 'last'), self.model)
+            state = load_checkpoint(os.path.join(folder, LAST), self.model)
         except (OSError, ValueError) as error:
             raise UsageError(str(error)) from error
+        if state['opt'] != self.args.opt:
+            raise UsageError(f'{folder} was trained with --opt {state["opt"]}, not {self.args.opt}')
         self.optimizer.load_state_dict(state['optimizer'])
         if self.smoother and state['smoother']:
             self.smoother.load_state_dict(state['smoother'])
         if self.accelerator.scaler and state['scaler']:
             self.accelerator.scaler.load_state_dict(state['scaler'])
-        if self.lr_scheduler is not None and state['schedule']:
-            self.lr_scheduler.load_state_dict(state['schedule'])
+        if self.args.sched == 'plateau' and state['plateau']:
+            self.lr_scheduler.lr_scheduler.load_state_dict(state['plateau'])
         if len(state['random']) == self.accelerator.num_processes:
             set_random_state(state['random'][self.accelerator.process_index])
         else:
@@ -242,11 +254,16 @@ def _summary(metrics: Dict[str, float]) -> str:
     return f'top-1 {metrics["top1"]:.2f}  top-5 {metrics["top5"]:.2f}  loss {metrics["loss"]:.4f}'
 
 
-def _sizes_table(results: List[Dict[str, float]], what: str) -> str:
-    lines = [f'\nTop-1 accuracy in per cent {what}\n', ' img_size  calibrated  running statistics']
-    rows = [(str(row['img_size']), row['top1'], row['top1_uncalibrated']) for row in results]
-    rows.append(('mean', *(sum(column) / len(rows) for column in list(zip(*rows))[1:])))
-    lines += [f'{size:>9}  {used:>10.2f}  {own:>18.2f}' for size, used, own in rows]
+def _sizes_table(results: List[Dict[str, float]], calibrated: bool) -> str:
+    columns = {'calibrated': 'top1', 'running statistics': 'top1_uncalibrated'}
+    if not calibrated:
+        del columns['calibrated']
+    rows: List[List[Any]] = [[row['img_size'], *(row[key] for key in columns.values())] for row in results]
+    rows.append(['mean', *(sum(column) / len(rows) for column in list(zip(*rows))[1:])])
+    lines = ['\nTop-1 accuracy of the final weights on the validation images, in per cent\n', '  '.join(
+        [' img_size', *columns])]
+    lines += ['  '.join([f'{size:>9}', *(f'{x:>{len(name)}.2f}' for name, x in zip(columns, values))])
+              for size, *values in rows]
     return '\n'.join(lines)
 
 

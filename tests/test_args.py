@@ -76,6 +76,8 @@ def test_arguments_reach_the_regime():
     (['-c', '/nowhere.yaml'], 'cannot read /nowhere.yaml'),
     (['--resume', '/nowhere'], 'cannot read /nowhere/args.yaml'),
     (['--sched', 'plateau', '--sched-on-updates'], 'plateau'),
+    (['--mixsize', 'off', '--mixsize-max-work', '1'], 'leave out --mixsize-max-work'),
+    (['--lr-base-size', '0'], '--lr-base-size must be at least 1'),
 ])
 def test_what_cannot_work_is_one_line(argv, message):
     with pytest.raises(UsageError) as error:
@@ -97,6 +99,23 @@ def test_a_regime_that_cannot_be_is_one_line(argv, message):
 def test_images_that_are_not_square_are_refused():
     with pytest.raises(UsageError, match='not 32x48: use --mixsize off'):
         make_regime(parse_args(['x']), (3, 32, 48))
+
+
+def test_yaml_reads_off_as_false_and_a_scalar_as_no_list(tmp_path):
+    (tmp_path / 'c.yaml').write_text('mixsize: off\nmixed_precision: no\n')
+    args = parse_args(['-c', str(tmp_path / 'c.yaml')])
+    assert args.mixsize == 'off' and args.mixed_precision == 'no'
+    (tmp_path / 'c.yaml').write_text('mixsize_sizes: 64\n')
+    assert parse_args(['-c', str(tmp_path / 'c.yaml')]).mixsize_sizes == [64]
+    (tmp_path / 'c.yaml').write_text('mixsize: huge\n')
+    with pytest.raises(UsageError, match='mixsize must be one of off, s224'):
+        parse_args(['-c', str(tmp_path / 'c.yaml')])
+
+
+def test_the_recipes_optimizer_arguments_leave_with_its_optimizer():
+    assert parse_args([]).opt_kwargs == {'max_grad_norm': None}
+    assert parse_args(['--opt', 'adamw']).opt_kwargs == {}
+    assert parse_args(['--opt', 'adamw', '--opt-kwargs', 'fused=True']).opt_kwargs == {'fused': True}
 
 
 def test_a_configuration_that_is_no_mapping(tmp_path):

@@ -124,6 +124,22 @@ def test_mixup_mixes_the_flattened_batch():
         assert torch.allclose(targets.sum(1), torch.ones(len(images)), atol=1e-5)
 
 
+def test_the_mixup_switch_is_timms():
+    collate = FastCollateMixup(mixup_alpha=1.0, num_classes=10, label_smoothing=0.0)
+    loader = loader_of(DigitsDataset(), Regime.fixed(32, batch_size=32), collate_fn=collate, num_workers=1)
+    assert loader.mixup_enabled and (next(iter(loader))[1].max(1).values < 0.999).any()
+    loader.mixup_enabled = False
+    assert (next(iter(loader))[1].max(1).values > 0.999).all()
+
+
+def test_workers_may_be_spawned(image_folder):
+    dataset = create_dataset('', str(image_folder), 'train')
+    plain = collect(loader_of(dataset, Regime.fixed(32, batch_size=8)))
+    loader = loader_of(dataset, Regime.fixed(32, batch_size=8), num_workers=1)
+    loader.loader.loader.multiprocessing_context = 'spawn'
+    assert_same(plain, collect(loader))
+
+
 def test_random_erasing_and_no_prefetcher():
     erased, _ = next(iter(loader_of(Counting(), re_prob=1.0, re_mode='const', mean=(0.5,) * 3, std=(0.5,) * 3)))
     assert (erased == 0).any()
@@ -176,5 +192,7 @@ def test_contradictions_are_named():
         loader_of(Streaming())
     with pytest.raises(ValueError, match='regime is for training'):
         loader_of(DigitsDataset(), is_training=False)
+    with pytest.raises(ValueError, match='is not the base size 32'):
+        create_loader(DigitsDataset(), (3, 48, 48), 8, True, regime=REGIME)
     with pytest.raises(ValueError, match='batch_size 4 is not the 8'):
         create_loader(DigitsDataset(), 32, 4, True, regime=REGIME)

@@ -4,12 +4,12 @@ import timm
 import torch
 
 from mixsize_timm.regime import Regime
-from mixsize_timm.sizes import fit_sizes, nearest_size, size_probe
+from mixsize_timm.sizes import SizeProbe, fit_sizes, nearest_size
 
 
 def probe(name, known_size, **kwargs):
     model = timm.create_model(name, num_classes=2, **kwargs)
-    return size_probe(model, known_size=known_size)
+    return SizeProbe(model, known_size=known_size)
 
 
 def takes(name, known_size, candidates, **kwargs):
@@ -46,7 +46,7 @@ def test_maxvit_takes_only_its_own():
 def test_the_meta_device_answers_as_the_cpu_does(name):
     model = timm.create_model(name, num_classes=2).eval()
     known = model.pretrained_cfg['input_size'][-1]
-    accepts = size_probe(model, known_size=known)
+    accepts = SizeProbe(model, known_size=known)
     for size in (8, 16, 24, 33, 64, known):
         try:
             with torch.inference_mode():
@@ -67,14 +67,14 @@ def test_a_model_that_fails_on_meta_is_asked_on_the_cpu():
             assert x.sum().item() == 0  # has no answer on the meta device
             return self.conv(x).mean((2, 3))
 
-    accepts = size_probe(NeedsValues(), known_size=32)
+    accepts = SizeProbe(NeedsValues(), known_size=32)
     assert accepts(16) and not accepts(8)
 
 
 def test_probing_leaves_the_model_alone():
     model = timm.create_model('test_resnet', num_classes=2).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    size_probe(model, known_size=32)(48)
+    SizeProbe(model, known_size=32)(48)
     assert model.training
     assert all(v.device.type == 'cpu' and torch.equal(v, before[k]) for k, v in model.state_dict().items())
 

@@ -1,13 +1,14 @@
 """The training command, run in this process on tiny models and real files."""
 import csv
 import json
+import tarfile
 
 import pytest
 import timm
 import torch
 import yaml
 from safetensors.torch import load_file
-from timm.data import create_dataset
+from timm.data import IterableImageDataset
 from timm.optim import create_optimizer_v2
 
 from mixsize_timm import train
@@ -70,7 +71,8 @@ REGULARISED = ['--epochs', 3, '--drop-path', 0.2, '--reprob', 0.5, '--mixup', 0.
 
 
 @pytest.mark.parametrize('options', [
-    ['--sched-on-updates'], ['--mixsize-adapt', 'b+', '-j', '2'], ['--mixsize', 'off'], ['--sched', 'plateau'],
+    ['--sched-on-updates'], ['--mixsize-adapt', 'b+', '-j', '2'], ['--mixsize', 'off'],
+    ['--sched', 'plateau', '--patience-epochs', '0'],
 ], ids=' '.join)
 def test_a_resumed_run_gives_the_same_numbers(tmp_path, image_folder, monkeypatch, options):
     options = [*REGULARISED, *map(str, options)]
@@ -114,7 +116,7 @@ def test_off_equals_a_plain_loop_of_timm(tmp_path, monkeypatch):
         DigitsDataset('train'), (3, 32, 32), 64, is_training=True, scale=(0.7, 1.0), ratio=(0.9, 1.1), hflip=0.,
         color_jitter=0., interpolation='bicubic', mean=(0.5,) * 3, std=(0.5,) * 3, num_workers=0,
         device=torch.device('cpu'))
-    optimizer = create_optimizer_v2(model, opt='lamb', lr=0.005, weight_decay=0.02)
+    optimizer = create_optimizer_v2(model, opt='lamb', lr=0.005, weight_decay=0.02, max_grad_norm=None)
     scheduler, _ = timm.scheduler.create_scheduler_v2(
         optimizer, 'cosine', num_epochs=1, warmup_epochs=0, warmup_lr=1e-5, step_on_epochs=False,
         updates_per_epoch=len(loader))
@@ -162,9 +164,9 @@ def test_clipping_comes_after_smoothing(tmp_path, image_folder, monkeypatch):
 
 @pytest.mark.parametrize('options', [
     ['--mixed-precision', 'bf16', '--channels-last'],
-    ['--no-prefetcher', '--mixup', '0.2', '--mixup-off-epoch', '1', '--epochs', '2'],
     ['--val-split', ''],
-    ['--mixsize', 'off', '--mixup', '0.2', '--mixup-off-epoch', '1', '--epochs', '2', '--grad-accum-steps', '2'],
+    ['--mixsize', 'off', '--grad-accum-steps', '2', '--input-size', '3', '32', '48'],
+    ['--opt', 'lookahead_sgd'],
     ['--calibrate', '0', '--calibrate-val', '0', '--val-interval', '2'],
     ['--in-chans', '1', '--mixsize-drop', 'reference', '--grad-checkpointing'],
     ['--no-grad-smoothing', '--layer-decay', '0.7', '--opt-kwargs', 'betas=(0.9,0.99)'],
@@ -173,6 +175,23 @@ def test_other_ways_to_run(tmp_path, image_folder, options):
     folder = folder_run(tmp_path, image_folder, '--epochs', 1, *options)
     assert (folder / 'last' / 'model.safetensors').exists()
     assert (folder / 'sizes.json').exists() == ('--val-split' not in options)
+
+
+@pytest.mark.parametrize('options', [[], ['--no-prefetcher'], ['--mixsize', 'off'], ['-j', '1']], ids=' '.join)
+def test_mixing_stops_at_its_epoch(tmp_path, image_folder, monkeypatch, options):
+    targets = {0: [], 1: []}
+    original = train.train_one_epoch
+
+    def recording(epoch, task, *args, **kwargs):
+        hook = task.register_forward_pre_hook(lambda _, inputs: targets[epoch].append(inputs[1]))
+        result = original(epoch, task, *args, **kwargs)
+        hook.remove()
+        return result
+
+    monkeypatch.setattr(train, 'train_one_epoch', recording)
+    folder_run(tmp_path, image_folder, '--epochs', 2, '--mixup', 1, '--mixup-off-epoch', 1, '--smoothing', 0, *options)
+    sharp = {epoch: torch.cat(seen).max(1).values for epoch, seen in targets.items()}
+    assert (sharp[0] < 0.999).any() and (sharp[1] > 0.999).all()
 
 
 def test_a_broken_image_does_not_stop_a_run(tmp_path, image_folder, caplog):
@@ -221,6 +240,14 @@ TWO = [*DATA, '--num-classes', 2]
     ([*TWO, '--mixsize', 'off', '-b', 512], 'fill no batch'),
     ([*TWO, '--mixsize', 'off', '-b', 3, '--mixup', 0.5], 'even --batch-size'),
     ([*TWO, '--class-map', '{tmp}/nowhere.txt'], 'cannot open'),
+    ([*TWO, '--val-split', 'nonsense'], "no 'nonsense' split beside"),
+    ([*TWO, '--model-kwargs', 'x'], 'NAME=VALUE'),
+    ([*TWO, '--seed', '-1'], '--seed must not be negative'),
+    ([*TWO, '--mean', '0.5', '0.5'], '--mean and --std do not fit'),
+    ([*TWO, '--smoothing', '1'], '--smoothing 1.0'),
+    ([*TWO, '--interpolation', 'nonsense'], 'cannot load the'),
+    ([*TWO, '--mixsize', 'off', '--model', 'vit_tiny_patch16_224', '--img-size', '100'], 'images of 100x100 px'),
+    ([*TWO, '--model', 'convnext_atto', '--img-size', '16'], 'does not take images of'),
 ], ids=lambda value: value if isinstance(value, str) else '')
 def test_every_error_is_one_line_and_leaves_nothing(tmp_path, image_folder, capsys, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
@@ -244,13 +271,71 @@ def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path, image_folder, capsy
     assert 'is not readable' in error_of(capsys, '--resume', folder)
 
 
+def test_a_checkpoint_of_another_optimizer_is_named(tmp_path, image_folder, capsys):
+    folder = folder_run(tmp_path, image_folder, '--epochs', 1)
+    assert 'was trained with --opt lamb, not muon' in error_of(capsys, '--resume', folder, '--opt', 'muon')
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(tmp_path, image_folder, caplog):
+    folder = folder_run(tmp_path, image_folder, '--epochs', 1)
+    with caplog.at_level('INFO'):
+        assert train.main(['--resume', str(folder)]) == 0
+    assert 'All 1 epochs of this run are trained' in caplog.text
+    assert train.main(['--resume', str(folder), '--epochs', '2']) == 0
+    assert len(summary(folder)) == 2
+
+
+def test_a_run_stopped_in_its_first_epoch_can_be_started_again(tmp_path, image_folder, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'train_one_epoch', stop)
+        argv = [*TINY, '--data-dir', str(image_folder), '--num-classes', '2', '--output', str(tmp_path)]
+        assert train.main([*argv, '--experiment', 'run']) == 130
+    folder_run(tmp_path, image_folder, '--epochs', 1)
+
+
+@pytest.mark.parametrize('opt', ['sgd', 'adamw'])
+def test_another_optimizer_trains_the_digits(tmp_path, opt):
+    run(tmp_path, '--epochs', 1, '--opt', opt, '-b', 256, '--calibrate', 1, '--mixsize', 'off')
+
+
+def test_without_calibration_one_column_is_shown(tmp_path, image_folder, capsys):
+    folder_run(tmp_path, image_folder, '--epochs', 1, '--calibrate', 0)
+    out = capsys.readouterr().out
+    assert 'img_size  running statistics' in out and 'calibrated' not in out
+
+
 def test_the_embedded_data_set_says_so(tmp_path, caplog):
     with caplog.at_level('INFO'):
         run(tmp_path, '--epochs', 1, '-b', 256, '--calibrate', 1)
     assert 'Training on the embedded digits: 1437 scans' in caplog.records[0].getMessage()
 
 
-def test_timms_tar_and_torch_data_sets_train(tmp_path, image_folder):
-    assert len(create_dataset('torch/image_folder', root=str(image_folder), split='train')) == 24
-    run(tmp_path, '--dataset', 'torch/image_folder', '--data-dir', image_folder, '--num-classes', 2, '-b', 4,
-        '--epochs', 1)
+def test_torch_data_sets_and_tar_files_train(tmp_path, image_folder):
+    options = ['--num-classes', 2, '-b', 4, '--epochs', 1]
+    run(tmp_path, '--dataset', 'torch/image_folder', '--data-dir', image_folder, *options, name='torch')
+    with tarfile.open(tmp_path / 'images.tar', 'w') as tar:
+        tar.add(image_folder / 'train', arcname='train')
+    run(tmp_path, '--data-dir', tmp_path / 'images.tar', '--val-split', '', *options, name='tar')
+
+
+def test_streaming_data_train_with_mixsize_off_only(tmp_path, image_folder, capsys, monkeypatch):
+    class Streaming(IterableImageDataset):
+        def __init__(self, dataset):
+            super().__init__('', reader=dataset)
+
+        def __iter__(self):
+            for image, target in self.reader:
+                yield self.transform(image), target
+
+        def set_loader_cfg(self, num_workers=None):
+            pass
+
+    monkeypatch.setattr('mixsize_timm.build.create_dataset', lambda name, root, split, **kwargs: Streaming(
+        [DigitsDataset(split)[i] for i in range(32)]))
+    options = ['--dataset', 'hfids/streaming', '--num-classes', 10, '-b', 8, '--epochs', 1]
+    assert 'use --mixsize off' in error_of(capsys, *options)
+    folder = run(tmp_path, *options, '--mixsize', 'off')
+    assert json.loads((folder / 'sizes.json').read_text())['results'][0]['img_size'] == 32
