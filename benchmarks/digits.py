@@ -33,7 +33,7 @@ OFF = ['--mixsize', 'off', '--no-grad-smoothing']
 TIMM_ARMS = {
     'timm, fixed 32 px': OFF,
     'timm, scheduled sizes': OFF,
-    'timm, scheduled sizes, pixels of D+': [*OFF, '--epochs', '14'],
+    'timm, scheduled sizes, twice the epochs': [*OFF, '--epochs', '14'],
 }
 ARMS = (MIXSIZE, *TIMM_ARMS)
 
@@ -104,7 +104,8 @@ def table(runs: List[Dict[str, Any]]) -> str:
             grid = [[row[key] for row in run['results']] for run in own]
             means = [statistics.mean(column) for column in zip(*grid)]
             cells = ' | '.join(f'{x:.2f}' for x in (*means, statistics.mean(means), min(map(min, grid))))
-            lines.append(f'| {arm} | {own[0]["steps"]} | {own[0]["megapixels"]:.1f} | {name} | {cells} |')
+            steps, pixels = (statistics.mean(run[key] for run in own) for key in ('steps', 'megapixels'))
+            lines.append(f'| {arm} | {steps:.0f} | {pixels:.1f} | {name} | {cells} |')
     return '\n'.join(lines)
 
 

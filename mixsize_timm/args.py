@@ -276,7 +276,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     layers: List[Dict[str, Any]] = []
     if given.resume:
         resumed = _read_yaml(os.path.join(given.resume, ARGS_FILE))
-        layers.append({key: value for key, value in resumed.items() if key not in ('resume', 'output', 'experiment')})
+        own = ('resume', 'output', 'experiment', 'start_epoch')  # of that start, not of the run
+        layers.append({key: value for key, value in resumed.items() if key not in own})
     if given.config:
         layers.append(_read_yaml(given.config))
     stated: Dict[str, Any] = {key: value for layer in layers for key, value in layer.items()}
@@ -288,10 +289,10 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     for layer in layers:
         _set_defaults(parser, layer)
     args = parser.parse_args(argv)
-    args.data_dir = args.data_dir or args.data
+    args.data_dir = given.data_dir or given.data or args.data_dir or args.data
     if recipe and args.opt != recipe['opt'] and args.opt_kwargs == recipe['opt_kwargs']:
         args.opt_kwargs = {}  # they were the other optimizer's
-    _check(args)
+    _check(args, given)
     return args
 
 
@@ -337,7 +338,8 @@ def _checked(action: argparse.Action, value: Any) -> Any:
     return value
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, given: argparse.Namespace) -> None:
+    """Refuse what cannot work; ``given`` is what the command line alone says."""
     for name in ('batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs', 'val_interval', 'log_interval',
                  'lr_base_size'):
         value = getattr(args, name)
@@ -348,15 +350,19 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError(f'--{name.replace("_", "-")} must not be negative, not {getattr(args, name)}')
     if not 0 <= args.grad_smoothing_momentum < 1:
         raise UsageError(f'--grad-smoothing-momentum must be in [0, 1), not {args.grad_smoothing_momentum}')
-    if args.mixsize is None and args.mixsize_sizes:
+    if args.dataset == DIGITS and args.data_dir:
+        raise UsageError(f'the digits are embedded: leave out {args.data_dir}, or say what it is with --dataset')
+    if given.mixsize is None and (given.mixsize_sizes or (args.mixsize is None and args.mixsize_sizes)):
         args.mixsize = 'custom'
     if args.mixsize == 'custom' and not args.mixsize_sizes:
         raise UsageError('--mixsize custom needs --mixsize-sizes')
-    if args.mixsize != 'custom' and (args.mixsize_sizes or args.mixsize_probs):
-        raise UsageError('--mixsize-sizes and --mixsize-probs need --mixsize custom')
+    if args.mixsize != 'custom':
+        if given.mixsize_sizes or given.mixsize_probs:
+            raise UsageError('--mixsize-sizes and --mixsize-probs need --mixsize custom')
+        args.mixsize_sizes = args.mixsize_probs = None
     if args.mixsize == 'off':
         for name, default in (('adapt', 'd+'), ('duplicates', 1), ('max_work', None), ('drop', 'tail')):
-            if getattr(args, f'mixsize_{name}') != default:
+            if getattr(given, f'mixsize_{name}') != default:
                 raise UsageError(f'--mixsize off trains one size: leave out --mixsize-{name.replace("_", "-")}')
     if args.sched == 'plateau' and args.sched_on_updates:
         raise UsageError('--sched plateau steps after an epoch: leave out --sched-on-updates')

@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset
 
 from .args import UsageError, make_regime, mixing
 from .data import MixSizeLoader, create_loader
-from .datasets import DIGITS, check_classes, check_splits, create_dataset
+from .datasets import DIGITS, check_classes, check_splits, class_names, create_dataset
 from .regime import Regime
 from .sampler import EpochPlan, describe_plan
 from .sizes import SizeProbe, fit_sizes
@@ -168,16 +168,19 @@ class Data:
     def describe(self) -> None:
         """Log what is trained on, and at which sizes."""
         if self.args.dataset == DIGITS:
-            _logger.info('Training on the embedded digits: %d scans of 8x8 px from scikit-learn, and %d for '
-                         'validation; name your own images with --data-dir or --dataset', len(self.train),
-                         len(self.validation or ()))
+            _logger.info('Training on the embedded digits, scans of 8x8 px from scikit-learn: name your own images '
+                         'with --data-dir or --dataset')
+        names = class_names(self.train)
+        _logger.info('%d training and %d validation images%s, base size %s px, base batch %d, %d steps an epoch',
+                     len(self.train), len(self.validation or ()), f' of {len(names)} classes' if names else '',
+                     self.base_size, self.args.batch_size * self.accelerator.num_processes, self.num_steps)
+        if names and len(names) < self.args.num_classes:
+            _logger.warning('The model has %d classes: --num-classes %d would do', self.args.num_classes, len(names))
         if self.regime is None:
             return
         regime, processes = self.regime, self.accelerator.num_processes
         table, warnings = describe_plan(regime, len(self.train), processes, self.args.mixsize_drop)
-        _logger.info('MixSize %s: base size %d px, base batch %d, base duplicates %d, %d steps an epoch\n%s',
-                     regime.adapt, regime.base_size, regime.batch_size * processes, regime.duplicates, self.num_steps,
-                     table)
+        _logger.info('MixSize %s, base duplicates %d\n%s', regime.adapt, regime.duplicates, table)
         if regime.batch_multiple > 1:
             _logger.info('mixup and cutmix mix pairs: every batch is rounded to an even number')
         for line in warnings:

@@ -1,4 +1,5 @@
 """The MixSize loader: images decoded once, duplicated, and transformed for the size of their step."""
+import copy
 import random
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -11,6 +12,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .datasets import ReadableDataset
 from .regime import Regime
 from .sampler import Group, MixSizeBatchSampler
+
+_OF_TIMMS_SAMPLERS = (
+    'input_size_choices', 'batch_size_choices', 'batch_choice_weights', 'batch_schedule_epochs', 'num_batches',
+    'num_aug_repeats', 'num_aug_splits', 'use_multi_epochs_loader')
 
 
 class MixSizeDataset(Dataset):
@@ -151,7 +156,8 @@ def create_loader(
         world_size: Number of processes, likewise.
         grad_accum_steps: Groups of one size that make an optimizer step.
         drop: See :func:`~mixsize_timm.sampler.size_batches`.
-        **kwargs: Every other argument of ``timm.data.create_loader``, with its meaning.
+        **kwargs: Every other argument of ``timm.data.create_loader``, with its meaning; with a regime all but those of
+            scheduled sizes, repeated and split augmentation, which the regime takes the place of.
 
     Returns:
         With a regime a :class:`MixSizeLoader`, giving images ``[B·D, C, S, S]`` of this process and targets ``[B·D]``
@@ -173,6 +179,9 @@ def create_loader(
     height_width = tuple(input_size[-2:]) if isinstance(input_size, (tuple, list)) else (input_size, input_size)
     if height_width != (regime.base_size, regime.base_size):
         raise ValueError(f'input_size {height_width} is not the base size {regime.base_size} of the regime')
+    misplaced = [name for name in _OF_TIMMS_SAMPLERS if kwargs.get(name)]
+    if misplaced:
+        raise ValueError(f'{misplaced[0]} cannot be had together with a regime')
     if kwargs.pop('distributed', False) and world_size is None:
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     sampler = MixSizeBatchSampler(
@@ -180,7 +189,7 @@ def create_loader(
 
     # timm's own loader of scheduled sizes makes the transforms, collation and prefetcher from its arguments
     kwargs.setdefault('device', torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
-    readable: Any = ReadableDataset(dataset)
+    readable: Any = copy.copy(dataset) if isinstance(dataset, ReadableDataset) else ReadableDataset(dataset)
     template = timm.data.create_loader(
         readable, input_size, 1, True, input_size_choices=regime.sizes, num_batches=1, **kwargs)
     inner = template.loader if isinstance(template, PrefetchLoader) else template

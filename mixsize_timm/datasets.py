@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
-from torchvision.datasets import DatasetFolder
+from torchvision.datasets import ImageFolder
 
 _logger = logging.getLogger(__name__)
 
@@ -45,12 +45,11 @@ class ReadableDataset(Dataset):
             try:
                 sample = self._decode(candidate)
                 break
-            except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files
-                _logger.warning('Cannot read image %s, the next one takes its place: %s', self.filename(candidate),
-                                error)
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's, for broken files
+                _logger.warning('Cannot read image %s, the next one takes its place: %s', self._name(candidate), error)
         else:
             raise RuntimeError(
-                f'{self.MAX_UNREADABLE} images in a row cannot be read, the last one {self.filename(candidate)}')
+                f'{self.MAX_UNREADABLE} images in a row cannot be read, the last one {self._name(candidate)}')
         image, target = sample
         return (image if self.transform is None else self.transform(image)), target
 
@@ -62,10 +61,10 @@ class ReadableDataset(Dataset):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
-    def filename(self, index: int, **kwargs: Any) -> str:
+    def _name(self, index: int) -> str:
         """Path of an image where the data set knows it, else its number."""
         try:
-            return str(self.dataset.filename(index, **(kwargs or {'absolute': True})))
+            return str(self.dataset.filename(index, absolute=True))
         except (AttributeError, TypeError):
             return f'number {index}'
 
@@ -158,7 +157,8 @@ def class_names(dataset: Dataset) -> Optional[List[str]]:
     """Names of a data set's classes in the order of their indices, or ``None`` where it does not tell them."""
     index = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or getattr(dataset, 'class_to_idx', None)
     if index:
-        return [str(name) for name, _ in sorted(index.items(), key=lambda item: item[1])]
+        by_number = {number: str(name) for name, number in index.items()}  # some classes have several names
+        return [by_number.get(number, '') for number in range(max(by_number) + 1)]
     names = getattr(dataset, 'classes', None)
     return [str(name) for name in names] if names is not None else None
 
@@ -199,7 +199,9 @@ def _image_root(dataset: Any) -> Optional[str]:
     if isinstance(reader, (ReaderImageFolder, ReaderImageInTar)):
         return reader.root
     inner = getattr(dataset, 'dataset', None)
-    return str(inner.root) if isinstance(inner, DatasetFolder) else None
+    if inner is not None and type(inner) is ImageFolder:  # its subclasses mean other things by their root
+        return str(inner.root)
+    return None
 
 
 def _check_class_folders(dataset: Dataset) -> None:

@@ -2,7 +2,6 @@
 import logging
 import sys
 import time
-from collections import OrderedDict
 from contextlib import nullcontext
 from typing import Any, Dict, Iterable, Optional
 
@@ -74,9 +73,9 @@ def train_one_epoch(
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             with nullcontext() if group.ends_step else accelerator.no_sync(model):
-                loss = task(images, targets)['loss']
-                accelerator.backward(loss * group.weight)
-            meter.add(loss, group)
+                batch_loss = task(images, targets)['loss']
+                accelerator.backward(batch_loss * group.weight)
+            meter.add(batch_loss, group)
             if not group.ends_step:
                 continue
             norms = _optimizer_step(task, optimizer, accelerator, smoother, clip_grad, clip_mode)
@@ -86,7 +85,10 @@ def train_one_epoch(
     inner = getattr(optimizer, 'optimizer', optimizer)  # Accelerate's wrapper has the methods of torch only
     if hasattr(inner, 'sync_lookahead'):
         inner.sync_lookahead()
-    return OrderedDict(loss=meter.mean_loss())
+    loss = meter.mean_loss()
+    if not meter.bar.disable:
+        _logger.info('Train %d  loss %.4f', epoch, loss)  # the bar is gone
+    return {'loss': loss}
 
 
 def _optimizer_step(

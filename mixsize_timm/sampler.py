@@ -277,6 +277,6 @@ def describe_plan(regime: Regime, num_images: int, world_size: int = 1, drop: st
     if dropped > num_images / 10:
         warnings.append(f'{dropped} of {num_images} images ({dropped / num_images:.0%}) are dropped in every epoch: '
                         'lower the batch size')
-    if regime.peak_work > 1.1:
+    if regime.peak_work > 1.25:
         lines.append('a step of over 1x needs as much more memory; --mixsize-max-work 1 lowers its batch')
     return '\n'.join(lines), warnings

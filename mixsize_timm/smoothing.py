@@ -45,10 +45,7 @@ class GradientSmoother:
     def __call__(self, parameters: Iterable[torch.Tensor]) -> GradientNorms:
         """Smooth the gradients of ``parameters`` in place; those without a gradient are passed over."""
         grads = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        if hasattr(norm, 'full_tensor'):  # sharded parameters: the norm over all shards
-            norm = norm.full_tensor()
-        norm = norm.float()
+        norm = torch.nn.utils.get_total_norm(grads).float()
         running = self.running_norm.to(norm.device)
         first = running.isnan()
         smoothed = torch.where(first, norm, self.momentum * running + (1 - self.momentum) * norm)
@@ -70,6 +67,6 @@ class GradientSmoother:
 def _scale(grads: List[torch.Tensor], scale: torch.Tensor) -> None:
     by_device: Dict[torch.device, List[torch.Tensor]] = defaultdict(list)
     for grad in grads:
-        by_device[grad.device].append(grad.to_local() if hasattr(grad, 'to_local') else grad)
+        by_device[grad.device].append(grad)
     for device, group in by_device.items():
         torch._foreach_mul_(group, scale.to(device))

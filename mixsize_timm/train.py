@@ -53,6 +53,7 @@ class Training:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.stated = dict(vars(args))  # before anything is derived from it
         self.accelerator = create_accelerator(args)
         random_seed(args.seed, self.accelerator.process_index)
         model = create_model(args)
@@ -119,11 +120,12 @@ class Training:
 
     def _validate(self, epoch: int) -> Tuple[nn.Module, Dict[str, float]]:
         """The model as it is used at the base size, and its metrics with those of the running statistics beside."""
-        if self.data.validation is None:
-            return self.model, {}
         size = self.data.base_size
+        calibrating = self.data.regime and self.args.calibrate_val and calibrated_layers(self.model)
+        if self.data.validation is None:
+            return self._calibrated(size, self.args.calibrate_val) if calibrating else self.model, {}
         own = self._evaluate(self.model, size)
-        if self.data.regime is None or not self.args.calibrate_val or not calibrated_layers(self.model):
+        if not calibrating:
             _logger.info('Validation %d  %d px  %s', epoch, size, _summary(own))
             return self.model, own
         calibrated = self._calibrated(size, self.args.calibrate_val)
@@ -200,7 +202,7 @@ class Training:
             try:
                 os.makedirs(self.folder, exist_ok=True)
                 trim_summary(os.path.join(self.folder, SUMMARY_FILE), self.start_epoch)
-                _write_text(os.path.join(self.folder, ARGS_FILE), yaml.safe_dump(vars(self.args)))
+                _write_text(os.path.join(self.folder, ARGS_FILE), yaml.safe_dump(self.stated))
             except OSError as error:
                 raise UsageError(f'cannot write to {self.folder}: {error.strerror}') from error
         if self.args.log_wandb:
@@ -236,7 +238,11 @@ class Training:
             raise UsageError(str(error)) from error
         if state['opt'] != self.args.opt:
             raise UsageError(f'{folder} was trained with --opt {state["opt"]}, not {self.args.opt}')
-        self.optimizer.load_state_dict(state['optimizer'])
+        try:
+            self.optimizer.load_state_dict(state['optimizer'])
+        except (KeyError, ValueError) as error:
+            raise UsageError(f'{folder} does not fit the optimizer: resume with the arguments it was started with'
+                             ) from error
         if self.smoother and state['smoother']:
             self.smoother.load_state_dict(state['smoother'])
         if self.accelerator.scaler and state['scaler']:

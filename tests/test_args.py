@@ -21,6 +21,8 @@ def test_with_data_the_defaults_are_timms():
         args = parse_args(argv)
         assert (args.epochs, args.batch_size, args.img_size, args.opt) == (300, 128, None, 'sgd')
     assert parse_args(['x']).data_dir == 'x'
+    with pytest.raises(UsageError, match='the digits are embedded'):
+        parse_args(['x', '--dataset', 'digits'])
 
 
 def test_a_configuration_file_is_under_the_command_line(tmp_path):
@@ -28,6 +30,18 @@ def test_a_configuration_file_is_under_the_command_line(tmp_path):
     path.write_text(yaml.safe_dump({'data_dir': 'x', 'epochs': 7, 'lr': 0.5, 'opt': 'adamw'}))
     args = parse_args(['-c', str(path), '--epochs', '9'])
     assert (args.data_dir, args.epochs, args.lr, args.opt, args.batch_size) == ('x', 9, 0.5, 'adamw', 128)
+
+
+def test_the_command_line_wins_over_a_configuration(tmp_path):
+    path = tmp_path / 'c.yaml'
+    path.write_text(yaml.safe_dump({'data_dir': 'x', 'mixsize': 'custom', 'mixsize_sizes': [32, 48],
+                                    'mixsize_adapt': 'b+'}))
+    assert parse_args(['-c', str(path), 'y']).data_dir == 'y'
+    assert parse_args(['-c', str(path)]).mixsize_sizes == [32, 48]
+    assert parse_args(['-c', str(path), '--mixsize', 's224']).mixsize_sizes is None
+    assert parse_args(['-c', str(path), '--mixsize', 'off']).mixsize == 'off'
+    path.write_text(yaml.safe_dump({'data_dir': 'x', 'mixsize': 's224'}))
+    assert parse_args(['-c', str(path), '--mixsize-sizes', '64']).mixsize == 'custom'
 
 
 def test_an_unknown_key_is_named_with_its_neighbour(tmp_path, caplog):

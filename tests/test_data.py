@@ -192,6 +192,8 @@ def test_contradictions_are_named():
         loader_of(Streaming())
     with pytest.raises(ValueError, match='regime is for training'):
         loader_of(DigitsDataset(), is_training=False)
+    with pytest.raises(ValueError, match='num_aug_splits cannot be had together with a regime'):
+        loader_of(DigitsDataset(), num_aug_splits=2)
     with pytest.raises(ValueError, match='is not the base size 32'):
         create_loader(DigitsDataset(), (3, 48, 48), 8, True, regime=REGIME)
     with pytest.raises(ValueError, match='batch_size 4 is not the 8'):

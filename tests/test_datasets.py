@@ -8,8 +8,16 @@ import pytest
 from conftest import write_images
 from PIL import Image
 from timm.data import ImageDataset
+from torchvision.datasets import ImageFolder
 
-from mixsize_timm.datasets import DigitsDataset, check_classes, class_names, create_dataset
+from mixsize_timm.datasets import (
+    DigitsDataset,
+    ReadableDataset,
+    check_classes,
+    check_splits,
+    class_names,
+    create_dataset,
+)
 
 
 def test_digits_are_split_for_good():
@@ -102,6 +110,27 @@ def test_class_counts_and_names_must_agree(image_folder):
     write_images(image_folder / 'train' / 'bird', 1)
     with pytest.raises(ValueError, match='differ in bird'):
         check_classes(create_dataset('', str(image_folder), 'train'), validation, num_classes=3)
+
+
+def test_a_class_may_have_several_names_and_a_subclass_another_root(image_folder):
+    class Synonyms(ImageFolder):  # as torchvision's ImageNet is
+        def __init__(self, root, split):
+            super().__init__(f'{root}/{split}')
+            self.root = str(root)
+            self.class_to_idx = {'cat': 0, 'tabby': 0, 'dog': 1}
+
+    train, validation = (ReadableDataset(Synonyms(image_folder, split)) for split in ('train', 'validation'))
+    check_splits(train, validation, 'validation')
+    check_classes(train, validation, num_classes=2)
+    with pytest.raises(ValueError, match='2 classes, the model 1'):
+        check_classes(train, validation, num_classes=1)
+
+
+def test_a_split_that_was_not_found_is_named(image_folder):
+    train = create_dataset('', str(image_folder), 'train')
+    check_splits(train, create_dataset('', str(image_folder), 'validation'), 'validation')
+    with pytest.raises(ValueError, match="no 'test' split beside"):
+        check_splits(train, create_dataset('', str(image_folder), 'test'), 'test')
 
 
 @pytest.mark.parametrize('name', ['', 'torch/image_folder'])

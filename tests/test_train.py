@@ -274,6 +274,22 @@ def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path, image_folder, capsy
 def test_a_checkpoint_of_another_optimizer_is_named(tmp_path, image_folder, capsys):
     folder = folder_run(tmp_path, image_folder, '--epochs', 1)
     assert 'was trained with --opt lamb, not muon' in error_of(capsys, '--resume', folder, '--opt', 'muon')
+    assert 'does not fit the optimizer' in error_of(capsys, '--resume', folder, '--layer-decay', '0.7')
+
+
+def test_a_resumed_run_does_not_start_where_it_was_once_told_to(tmp_path, image_folder, caplog):
+    folder = folder_run(tmp_path, image_folder, '--epochs', 3, '--start-epoch', 2)
+    assert [row['epoch'] for row in summary(folder)] == ['2']
+    with caplog.at_level('INFO'):
+        assert train.main(['--resume', str(folder), '--epochs', '4']) == 0
+    assert 'for epochs 3 to 3' in caplog.text and [row['epoch'] for row in summary(folder)] == ['2', '3']
+
+
+def test_best_is_calibrated_without_a_validation_split_too(tmp_path, image_folder):
+    folder = folder_run(tmp_path, image_folder, '--epochs', 1, '--val-split', '')
+    best = load_file(folder / 'best' / 'model.safetensors')
+    assert not torch.equal(weights(folder)['bn1.running_mean'], best['bn1.running_mean'])
+    assert torch.equal(weights(folder)['bn1.weight'], best['bn1.weight'])
 
 
 def test_a_finished_run_says_so_and_a_longer_one_goes_on(tmp_path, image_folder, caplog):
@@ -310,7 +326,8 @@ def test_without_calibration_one_column_is_shown(tmp_path, image_folder, capsys)
 def test_the_embedded_data_set_says_so(tmp_path, caplog):
     with caplog.at_level('INFO'):
         run(tmp_path, '--epochs', 1, '-b', 256, '--calibrate', 1)
-    assert 'Training on the embedded digits: 1437 scans' in caplog.records[0].getMessage()
+    first, second = (record.getMessage() for record in caplog.records[:2])
+    assert 'Training on the embedded digits' in first and '1437 training and 360 validation images of 10' in second
 
 
 def test_torch_data_sets_and_tar_files_train(tmp_path, image_folder):
