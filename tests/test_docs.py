@@ -43,3 +43,11 @@ def test_links_between_documents_lead_somewhere():
     for document in [*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')]:
         for target in re.findall(r'\]\(([^)#]+)\)', document.read_text(encoding='utf-8')):
             assert target.startswith('http') or (document.parent / target).exists(), (document.name, target)
+
+
+def test_the_table_of_the_photographs_is_that_of_the_log():
+    log = (ROOT / 'docs' / 'logs' / 'clothing-resnet18-96.txt').read_text()
+    rows = re.findall(r'^\| (\d+) \| ([\d.]+) \| ([\d.]+) \|$', (ROOT / 'docs' / 'clothing.md').read_text(), re.M)
+    assert len(rows) == 7
+    for row in rows:
+        assert re.search(r'^ +{} +{} +{}$'.format(*row), log, re.M), row
