@@ -34,15 +34,18 @@ def main(argv: Optional[List[str]] = None) -> int:
     first = os.environ.get('LOCAL_RANK', '0') == '0'
     if not logging.root.handlers:  # a caller's own logging is left alone
         setup_default_logging(logging.INFO if first else logging.WARNING)
+    training = None
     try:
-        Training(parse_args(argv)).run()
+        training = Training(parse_args(argv))
+        training.run()
     except UsageError as error:
         if first:
             print(f'mixsize_timm.train: error: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if first:
-            print('\nmixsize_timm.train: stopped; --resume FOLDER continues after the last finished epoch',
+            folder = training.folder if training else 'FOLDER'
+            print(f'\nmixsize_timm.train: stopped; --resume {folder} continues after the last finished epoch',
                   file=sys.stderr)
         return 130
     return 0
