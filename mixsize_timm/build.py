@@ -218,6 +218,8 @@ class Data:
                 self.mixup_fn = Mixup(**options)
             else:
                 collate_fn = FastCollateMixup(**options)
+        if self.regime is not None and isinstance(self.train, IterableDataset):
+            raise UsageError('MixSize needs a data set with random access, and this one streams: use --mixsize off')
         planned = {} if self.regime is None else dict(
             regime=self.regime, seed=args.seed, grad_accum_steps=args.grad_accum_steps, drop=args.mixsize_drop)
         with _refusing('cannot load the training images'):

@@ -17,8 +17,8 @@ _logger = logging.getLogger(__name__)
 def calibrate(model: nn.Module, loader: Iterable[Any], num_batches: Optional[int] = None) -> nn.Module:
     """A copy of a model with batch-norm statistics computed afresh over a loader's images.
 
-    Cumulative averages of the statistics of each batch (arXiv 1908.08986, section 5.3). Only the batch-norm layers
-    are in training mode, so dropout and stochastic depth are off as they will be in use, which
+    Cumulative averages of the statistics of each batch (arXiv 1908.08986, and the authors' reference code). Only the
+    batch-norm layers are in training mode, so dropout and stochastic depth are off as they will be in use, which
     ``torch.optim.swa_utils.update_bn`` does not do. Layers frozen on purpose (affine parameters that all have
     ``requires_grad`` false, or momentum 0) keep their statistics, and layers with running statistics of another
     kind, which cannot be averaged this way, are named in a warning. Without batch norm it is a plain copy.

@@ -173,7 +173,7 @@ def create_loader(
     if not is_training:
         raise ValueError('a regime is for training: leave it out of an evaluation loader')
     if isinstance(dataset, IterableDataset):
-        raise TypeError('MixSize needs a data set with random access, and this one streams: use --mixsize off')
+        raise TypeError('MixSize needs a data set with random access, and this one streams')
     if batch_size != regime.batch_size:
         raise ValueError(f'batch_size {batch_size} is not the {regime.batch_size} of the regime')
     height_width = tuple(input_size[-2:]) if isinstance(input_size, (tuple, list)) else (input_size, input_size)

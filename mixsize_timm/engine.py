@@ -38,9 +38,9 @@ def train_one_epoch(
 ) -> Dict[str, float]:
     """Train one epoch.
 
-    The gradient of an optimizer step is the mean over its images: a group's loss counts for its share of them. It
-    is unscaled, averaged over processes, smoothed, clipped and applied, in this order. Smoothing comes before
-    clipping, so that the clipping bound is on the step that is taken.
+    The gradient of an optimizer step is the mean over its images: a group's loss counts for its share of them. It is
+    averaged over processes (by the backward pass), unscaled, smoothed, clipped and applied, in this order. Smoothing
+    comes before clipping, so that the clipping bound is on the step that is taken.
 
     Args:
         epoch: Epoch, counted from zero.

@@ -1,6 +1,7 @@
 """The MixSize regime: which sizes, how often, and what a small image's savings are spent on.
 
-Source: Hoffer et al., "MixSize: Training Convnets With Mixed Image Sizes" (arXiv 1908.08986), sections 4 and 5.
+Source: Hoffer et al., "MixSize: Training Convnets With Mixed Image Sizes" (arXiv 1908.08986), and the
+authors' reference code.
 Nothing here needs torch.
 """
 import math

@@ -20,7 +20,7 @@ class GradientSmoother:
     parallelism the gradient is averaged then; under loss scaling, unscale first) and before clipping and
     ``optimizer.step()``. Nothing in it waits for the device.
 
-    Source: arXiv 1908.08986, section 5.2, and the authors' reference.
+    Source: arXiv 1908.08986, and the authors' reference code.
 
     Args:
         momentum: Weight of the running norm, in [0, 1).

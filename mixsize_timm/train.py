@@ -195,7 +195,7 @@ class Training:
         name = args.experiment or '-'.join(
             [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(self.data.base_size)])
         folder = os.path.join(args.output or os.path.join('output', 'train'), name)
-        if any(os.path.exists(os.path.join(folder, name)) for name in (LAST, LAST + '.old', SIZES_FILE)):
+        if any(os.path.exists(os.path.join(folder, kept)) for kept in (LAST, LAST + '.old', SIZES_FILE)):
             raise UsageError(f'{folder} already holds a run: choose another --experiment, or --resume {folder}')
         return folder
 

@@ -188,7 +188,7 @@ def test_contradictions_are_named():
         def __iter__(self):
             return iter([])
 
-    with pytest.raises(TypeError, match='this one streams: use --mixsize off'):
+    with pytest.raises(TypeError, match='this one streams'):
         loader_of(Streaming())
     with pytest.raises(ValueError, match='regime is for training'):
         loader_of(DigitsDataset(), is_training=False)
