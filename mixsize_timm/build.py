@@ -19,9 +19,10 @@ from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from .args import UsageError, make_regime, mixing
+from .args import make_regime, mixing
 from .data import MixSizeLoader, create_loader
 from .datasets import DIGITS, check_classes, check_splits, class_names, create_dataset
+from .parser import UsageError
 from .regime import Regime
 from .sampler import EpochPlan, describe_plan
 from .sizes import SizeProbe, fit_sizes

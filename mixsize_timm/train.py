@@ -15,11 +15,12 @@ from timm.utils import distribute_bn, random_seed, setup_default_logging
 from timm.utils.summary import trim_summary, update_summary
 from torch import nn
 
-from .args import ARGS_FILE, UsageError, parse_args
+from .args import ARGS_FILE, parse_args
 from .build import Data, create_accelerator, create_model, create_schedule, create_task, scale_lr
 from .calibration import calibrate, calibrated_layers
 from .checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from .engine import train_one_epoch, validate
+from .parser import UsageError
 from .smoothing import GradientSmoother
 
 _logger = logging.getLogger(__name__)

@@ -2,7 +2,8 @@
 import pytest
 import yaml
 
-from mixsize_timm.args import UsageError, build_parser, make_regime, parse_args
+from mixsize_timm.args import make_regime, parse_args
+from mixsize_timm.parser import UsageError, build_parser
 
 
 def test_without_data_the_recipe_trains_the_digits():

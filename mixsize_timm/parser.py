@@ -1,0 +1,254 @@
+"""The options of ``mixsize_timm.train``: timm's arguments under timm's names, and MixSize's own."""
+import argparse
+from typing import Any, NoReturn
+
+from timm.utils import ParseKwargs
+
+from .regime import ADAPT_MODES, DROP_RULES, PRESETS
+
+MIXSIZE_MODES = ('off', *PRESETS, 'custom')
+
+
+class UsageError(Exception):
+    """Something the user asked for cannot be done; the message is one line that says what to do."""
+
+
+class _KeyValues(ParseKwargs):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if any('=' not in value for value in values):
+            raise UsageError(f'{option_string} takes NAME=VALUE, not {" ".join(values)}')
+        super().__call__(parser, namespace, values, option_string)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # one line, where argparse would print the whole usage first
+        raise UsageError(f'{message} (--help lists the arguments)')
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the training command; what it cannot parse is a :class:`UsageError`."""
+    parser = _Parser(
+        prog='mixsize_timm.train', allow_abbrev=False,
+        description='Train a timm model at mixed image sizes. Without a data set it trains on scikit-learn\'s digits.',
+        epilog='Launch with "accelerate launch -m mixsize_timm.train ..." or "python -m mixsize_timm.train ...".')
+    parser.add_argument('-c', '--config', default='', metavar='FILE',
+                        help='YAML file of arguments that replace the defaults below')
+    for add_group in (_add_mixsize, _add_dataset, _add_model, _add_device, _add_optimizer, _add_schedule,
+                      _add_augmentation, _add_batch_norm, _add_run):
+        add_group(parser)
+    return parser
+
+
+def _add_mixsize(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('MixSize')
+    group.add_argument('--mixsize', choices=MIXSIZE_MODES, default=None,
+                       help='regime of sizes: a preset relative to the base size, "custom" with --mixsize-sizes, or '
+                            '"off" for timm\'s own loader (default: cifar for a base size under 96, else s224)')
+    group.add_argument('--mixsize-adapt', choices=ADAPT_MODES, default='d+',
+                       help='what small images save is spent on: a larger batch, duplicates, or both (default: d+)')
+    group.add_argument('--mixsize-sizes', type=int, nargs='+', default=None, metavar='N',
+                       help='image sizes of a custom regime')
+    group.add_argument('--mixsize-probs', type=float, nargs='+', default=None, metavar='P',
+                       help='share of the images for each of --mixsize-sizes (default: equal shares)')
+    group.add_argument('--mixsize-duplicates', type=int, default=1, metavar='D',
+                       help='augmented duplicates of each image at the base size (default: 1)')
+    group.add_argument('--mixsize-max-work', type=float, default=None, metavar='X',
+                       help='lower a size\'s batch where its step costs more than X steps of the base size '
+                            '(default: no limit)')
+    group.add_argument('--mixsize-drop', choices=DROP_RULES, default='tail',
+                       help='what becomes of images that fill no batch of their size: handed to other sizes, or '
+                            'dropped as in the paper (default: tail)')
+    group.add_argument('--no-grad-smoothing', dest='grad_smoothing', action='store_false', default=True,
+                       help='leave gradient norms as they are')
+    group.add_argument('--grad-smoothing-momentum', type=float, default=0.9, metavar='M',
+                       help='momentum of the running gradient norm (default: 0.9)')
+    group.add_argument('--calibrate', type=int, default=200, metavar='N',
+                       help='batches, at most one epoch, that batch norm is calibrated on for the final accuracy at '
+                            'each size; 0 for none (default: 200)')
+    group.add_argument('--calibrate-val', type=int, default=10, metavar='N',
+                       help='the same for the validation after each epoch (default: 10)')
+
+
+def _add_dataset(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Data set')
+    parser.add_argument('data', nargs='?', metavar='DIR', default=None, help='data folder, the same as --data-dir')
+    group.add_argument('--data-dir', metavar='DIR', default=None, help='data folder')
+    group.add_argument('--dataset', metavar='NAME', default='',
+                       help='kind and name as timm has them: torch/cifar10, hfds/..., or digits '
+                            '(default: image folder or tar file; digits if there is no --data-dir)')
+    group.add_argument('--train-split', metavar='NAME', default='train', help='training split (default: train)')
+    group.add_argument('--val-split', metavar='NAME', default='validation',
+                       help='validation split, "" for none (default: validation)')
+    group.add_argument('--train-num-samples', type=int, default=None, metavar='N',
+                       help='number of training images, for data sets that stream')
+    group.add_argument('--val-num-samples', type=int, default=None, metavar='N',
+                       help='number of validation images, for data sets that stream')
+    group.add_argument('--dataset-download', action='store_true', default=False,
+                       help='allow a torch/ or tfds/ data set to be downloaded')
+    group.add_argument('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
+    group.add_argument('--input-img-mode', default=None, metavar='MODE',
+                       help='PIL mode of the images (default: RGB for three channels, else L)')
+    group.add_argument('--input-key', default=None, metavar='KEY', help='key of the image in a data set\'s items')
+    group.add_argument('--target-key', default=None, metavar='KEY', help='key of the label in a data set\'s items')
+    group.add_argument('--dataset-trust-remote-code', action='store_true', default=False,
+                       help='let a Hugging Face data set run code from its repository')
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Model')
+    group.add_argument('--model', default='resnet50', metavar='MODEL', help='timm model (default: resnet50)')
+    group.add_argument('--pretrained', action='store_true', default=False, help='start from timm\'s trained weights')
+    group.add_argument('--pretrained-path', default=None, metavar='PATH',
+                       help='start from this file as if it held timm\'s trained weights, the head adapted')
+    group.add_argument('--initial-checkpoint', default='', metavar='PATH', help='start from the weights in this file')
+    group.add_argument('--resume', default='', metavar='RUN',
+                       help='continue a run, given its folder, with the arguments it was started with')
+    group.add_argument('--num-classes', type=int, default=None, metavar='N',
+                       help='number of classes (default: the model\'s)')
+    group.add_argument('--gp', default=None, metavar='POOL', help='global pooling (default: the model\'s)')
+    group.add_argument('--img-size', type=int, default=None, metavar='N', help='base size (default: the model\'s)')
+    group.add_argument('--in-chans', type=int, default=None, metavar='N', help='input channels (default: 3)')
+    group.add_argument('--input-size', type=int, nargs=3, default=None, metavar='N',
+                       help='channels, height and width (default: the model\'s)')
+    group.add_argument('--crop-pct', type=float, default=None, metavar='N',
+                       help='centre crop in validation, as a fraction of the resized image (default: the model\'s)')
+    group.add_argument('--mean', type=float, nargs='+', default=None, metavar='MEAN', help='mean pixel value')
+    group.add_argument('--std', type=float, nargs='+', default=None, metavar='STD', help='deviation of pixel values')
+    group.add_argument('--interpolation', default='', metavar='NAME', help='resizing (default: the model\'s)')
+    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N',
+                       help='images of a step per process, at the base size (default: 128)')
+    group.add_argument('-vb', '--validation-batch-size', type=int, default=None, metavar='N',
+                       help='images of a validation batch per process (default: --batch-size)')
+    group.add_argument('--channels-last', action='store_true', default=False, help='channels-last memory format')
+    group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N',
+                       help='batches of one size that make an optimizer step (default: 1)')
+    group.add_argument('--grad-checkpointing', action='store_true', default=False,
+                       help='recompute activations in the backward pass to save memory')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=_KeyValues, metavar='K=V',
+                       help='further arguments of the model')
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Device')
+    group.add_argument('--mixed-precision', choices=('no', 'fp16', 'bf16'), default=None,
+                       help='precision of the forward pass (default: as Accelerate is configured)')
+
+
+def _add_optimizer(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Optimizer')
+    group.add_argument('--opt', default='sgd', metavar='OPTIMIZER', help='timm optimizer (default: sgd)')
+    group.add_argument('--opt-eps', type=float, default=None, metavar='EPSILON', help='epsilon of the optimizer')
+    group.add_argument('--opt-betas', type=float, nargs='+', default=None, metavar='BETA', help='its betas')
+    group.add_argument('--momentum', type=float, default=0.9, metavar='M', help='its momentum (default: 0.9)')
+    group.add_argument('--weight-decay', type=float, default=2e-5, metavar='W', help='weight decay (default: 2e-5)')
+    group.add_argument('--clip-grad', type=float, default=None, metavar='NORM',
+                       help='clip gradients, after smoothing (default: no clipping)')
+    group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'),
+                       help='how to clip (default: norm)')
+    group.add_argument('--layer-decay', type=float, default=None, metavar='X', help='learning rate decay by layer')
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=_KeyValues, metavar='K=V',
+                       help='further arguments of the optimizer')
+
+
+def _add_schedule(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Learning rate')
+    group.add_argument('--sched', default='cosine', metavar='SCHEDULER', help='timm schedule (default: cosine)')
+    group.add_argument('--sched-on-updates', action='store_true', default=False,
+                       help='step the schedule after each update, not after each epoch')
+    group.add_argument('--lr', type=float, default=None, metavar='LR', help='learning rate, overrides --lr-base')
+    group.add_argument('--lr-base', type=float, default=0.1, metavar='LR',
+                       help='learning rate for a batch of --lr-base-size, scaled to the base batch of all processes; '
+                            'duplicates do not count (default: 0.1)')
+    group.add_argument('--lr-base-size', type=int, default=256, metavar='N', help='see --lr-base (default: 256)')
+    group.add_argument('--lr-base-scale', default='', choices=('', 'linear', 'sqrt'),
+                       help='how it scales (default: sqrt for ada* and lamb, else linear)')
+    group.add_argument('--lr-noise', type=float, nargs='+', default=None, metavar='PCT',
+                       help='when learning rate noise is on, as fractions of the epochs')
+    group.add_argument('--lr-noise-pct', type=float, default=0.67, metavar='PCT', help='its limit (default: 0.67)')
+    group.add_argument('--lr-noise-std', type=float, default=1.0, metavar='STD', help='its deviation (default: 1)')
+    group.add_argument('--lr-cycle-mul', type=float, default=1.0, metavar='X', help='cycle growth (default: 1)')
+    group.add_argument('--lr-cycle-decay', type=float, default=0.5, metavar='X', help='cycle decay (default: 0.5)')
+    group.add_argument('--lr-cycle-limit', type=int, default=1, metavar='N', help='number of cycles (default: 1)')
+    group.add_argument('--lr-k-decay', type=float, default=1.0, metavar='K', help='k-decay (default: 1)')
+    group.add_argument('--warmup-lr', type=float, default=1e-5, metavar='LR', help='first rate (default: 1e-5)')
+    group.add_argument('--min-lr', type=float, default=0, metavar='LR', help='lowest rate (default: 0)')
+    group.add_argument('--epochs', type=int, default=300, metavar='N', help='epochs (default: 300)')
+    group.add_argument('--start-epoch', type=int, default=None, metavar='N', help='first epoch, counted from 0')
+    group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N',
+                       help='epochs where a multistep schedule decays (default: 90 180 270)')
+    group.add_argument('--decay-epochs', type=float, default=90, metavar='N',
+                       help='epochs between decays of a step schedule (default: 90)')
+    group.add_argument('--warmup-epochs', type=int, default=5, metavar='N', help='warm-up (default: 5)')
+    group.add_argument('--warmup-prefix', action='store_true', default=False, help='warm up before the schedule')
+    group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N', help='epochs at --min-lr (default: 0)')
+    group.add_argument('--patience-epochs', type=int, default=10, metavar='N', help='plateau patience (default: 10)')
+    group.add_argument('--decay-rate', '--dr', type=float, default=0.1, metavar='RATE', help='decay (default: 0.1)')
+
+
+def _add_augmentation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Augmentation and regularisation')
+    group.add_argument('--no-aug', action='store_true', default=False, help='no training augmentation')
+    group.add_argument('--train-crop-mode', default=None, choices=('rrc', 'rkrc', 'rkrr'),
+                       help='how training images are cropped (default: rrc, a random resized crop)')
+    group.add_argument('--scale', type=float, nargs='+', default=[0.08, 1.0], metavar='PCT',
+                       help='area of the crop (default: 0.08 1)')
+    group.add_argument('--ratio', type=float, nargs='+', default=[3 / 4, 4 / 3], metavar='RATIO',
+                       help='aspect ratio of the crop (default: 0.75 1.33)')
+    group.add_argument('--hflip', type=float, default=0.5, metavar='P', help='horizontal flips (default: 0.5)')
+    group.add_argument('--vflip', type=float, default=0., metavar='P', help='vertical flips (default: 0)')
+    group.add_argument('--color-jitter', type=float, default=0.4, metavar='X', help='colour jitter (default: 0.4)')
+    group.add_argument('--color-jitter-prob', type=float, default=None, metavar='P', help='its probability')
+    group.add_argument('--grayscale-prob', type=float, default=None, metavar='P', help='probability of grayscale')
+    group.add_argument('--gaussian-blur-prob', type=float, default=None, metavar='P', help='probability of blur')
+    group.add_argument('--aa', default=None, metavar='NAME', help='AutoAugment, RandAugment or AugMix string')
+    group.add_argument('--reprob', type=float, default=0., metavar='P', help='random erasing (default: 0)')
+    group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'),
+                       help='what erases (default: pixel)')
+    group.add_argument('--recount', type=int, default=1, metavar='N', help='erased regions (default: 1)')
+    group.add_argument('--mixup', type=float, default=0.0, metavar='A', help='alpha of mixup (default: 0, off)')
+    group.add_argument('--cutmix', type=float, default=0.0, metavar='A', help='alpha of cutmix (default: 0, off)')
+    group.add_argument('--cutmix-minmax', type=float, nargs='+', default=None, metavar='X',
+                       help='smallest and largest cutmix ratio, instead of alpha')
+    group.add_argument('--mixup-prob', type=float, default=1.0, metavar='P', help='share of mixed batches (default: 1)')
+    group.add_argument('--mixup-switch-prob', type=float, default=0.5, metavar='P',
+                       help='share of cutmix where both are on (default: 0.5)')
+    group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'),
+                       help='one mixture per batch, pair or element (default: batch)')
+    group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N',
+                       help='turn mixing off from this epoch, 0 for never (default: 0)')
+    group.add_argument('--smoothing', type=float, default=0.1, metavar='X', help='label smoothing (default: 0.1)')
+    group.add_argument('--train-interpolation', default='random', metavar='NAME',
+                       help='resizing in training: random, bilinear, bicubic (default: random)')
+    group.add_argument('--drop', type=float, default=0.0, metavar='P', help='dropout (default: 0)')
+    group.add_argument('--drop-path', type=float, default=None, metavar='P', help='stochastic depth')
+    group.add_argument('--drop-block', type=float, default=None, metavar='P', help='drop block')
+
+
+def _add_batch_norm(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Batch norm')
+    group.add_argument('--bn-momentum', type=float, default=None, metavar='M', help='momentum of batch norm')
+    group.add_argument('--bn-eps', type=float, default=None, metavar='EPS', help='epsilon of batch norm')
+    group.add_argument('--sync-bn', action='store_true', default=False, help='batch statistics over all processes')
+    group.add_argument('--dist-bn', default='reduce', choices=('reduce', 'broadcast', ''),
+                       help='what becomes of the processes\' running statistics after an epoch (default: reduce)')
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Run')
+    group.add_argument('--seed', type=int, default=42, metavar='S', help='random seed (default: 42)')
+    group.add_argument('--log-interval', type=int, default=50, metavar='N', help='steps between lines (default: 50)')
+    group.add_argument('--val-interval', type=int, default=1, metavar='N',
+                       help='epochs between validations and checkpoints (default: 1)')
+    group.add_argument('-j', '--workers', type=int, default=4, metavar='N',
+                       help='processes that load images (default: 4)')
+    group.add_argument('--worker-seeding', default='all', metavar='MODE',
+                       help='seeding of the workers of timm\'s own loader (default: all)')
+    group.add_argument('--pin-mem', action='store_true', default=False, help='pin the memory of batches')
+    group.add_argument('--no-prefetcher', action='store_true', default=False,
+                       help='normalise and erase in the workers, not on the device')
+    group.add_argument('--output', default='', metavar='DIR', help='folder of runs (default: ./output/train)')
+    group.add_argument('--experiment', default='', metavar='NAME',
+                       help='name of the run\'s folder (default: time, model and size)')
+    group.add_argument('--log-wandb', action='store_true', default=False, help='log to Weights & Biases')
+    group.add_argument('--wandb-project', default=None, metavar='NAME', help='its project')
+    group.add_argument('--wandb-tags', nargs='+', default=[], metavar='TAG', help='its tags')
