@@ -7,10 +7,16 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+import torch
 import yaml
+from timm.loss import CLASS_WEIGHT_METHODS
+from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
+from timm.utils import ParseKwargs
 
+from .checkpoint import LAST, holds_checkpoint, run_folder
 from .datasets import DIGITS
-from .parser import UsageError, build_parser
+from .errors import UsageError
+from .parser import build_parser
 from .regime import Regime
 
 _logger = logging.getLogger(__name__)
@@ -27,13 +33,14 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     """
     parser = build_parser()
     given = parser.parse_args(argv)
-    layers: List[Dict[str, Any]] = []
-    if given.resume:
-        resumed = _read_yaml(os.path.join(given.resume, ARGS_FILE))
-        own = ('resume', 'output', 'experiment', 'start_epoch')  # of that start, not of the run
-        layers.append({key: value for key, value in resumed.items() if key not in own})
-    if given.config:
-        layers.append(_read_yaml(given.config))
+    configured = _read_yaml(given.config) if given.config else {}
+    resume = _resume_from(*(getattr(given, name) or configured.get(name) or ''
+                            for name in ('resume', 'output', 'experiment')))
+    layers: List[Dict[str, Any]] = [configured]
+    if os.path.isdir(resume):
+        resumed = _read_yaml(os.path.join(run_folder(resume), ARGS_FILE))
+        own = ('resume', 'no_resume_opt', 'output', 'experiment', 'start_epoch', 'stop_epoch')  # of that start only
+        layers.insert(0, {key: value for key, value in resumed.items() if key not in own})
     stated: Dict[str, Any] = {key: value for layer in layers for key, value in layer.items()}
     recipe: Dict[str, Any] = {}
     if not any((given.data, given.data_dir, given.dataset not in ('', DIGITS),
@@ -43,11 +50,29 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     for layer in layers:
         _set_defaults(parser, layer)
     args = parser.parse_args(argv)
-    args.data_dir = given.data_dir or given.data or args.data_dir or args.data
+    args.resume = resume
     if recipe and args.opt != recipe['opt'] and args.opt_kwargs == recipe['opt_kwargs']:
         args.opt_kwargs = {}  # they were the other optimizer's
+    _resolve(args, given)
     _check(args, given)
     return args
+
+
+def _resume_from(resume: str, output: str, experiment: str) -> str:
+    """The folder or file that ``--resume`` means, empty for a new run."""
+    if resume != 'auto':
+        if resume and not os.path.exists(resume):
+            raise UsageError(f'no run at {resume}: check --resume')
+        return resume
+    if not experiment:
+        raise UsageError('--resume auto needs --experiment, the name of the run\'s folder')
+    folder = output_folder(output, experiment)
+    return folder if holds_checkpoint(os.path.join(folder, LAST)) else ''
+
+
+def output_folder(output: str, experiment: str) -> str:
+    """The folder of a run, as timm has it."""
+    return os.path.join(output or os.path.join('output', 'train'), experiment)
 
 
 def _recipe(name: str) -> Dict[str, Any]:
@@ -79,35 +104,150 @@ def _set_defaults(parser: argparse.ArgumentParser, values: Dict[str, Any]) -> No
 
 
 def _checked(action: argparse.Action, value: Any) -> Any:
-    """A configuration's value, checked as the command line's would be: argparse does not check defaults."""
+    """A configuration's value, converted and checked as on the command line: argparse does not check defaults."""
     if value is None:
         return value
-    if action.choices:
-        if value is False:  # YAML reads a bare off or no so
-            value = next((word for word in ('off', 'no') if word in action.choices), value)
-        if value not in action.choices:
-            raise UsageError(f'{action.dest} must be one of {", ".join(map(str, action.choices))}, not {value!r}')
-    if action.nargs == '+' and not isinstance(value, (list, tuple)):
-        return [value]
-    return value
+    if action.nargs == 0 or isinstance(action, ParseKwargs):
+        kind = 'true or false' if action.nargs == 0 else 'a mapping'
+        if not isinstance(value, bool if action.nargs == 0 else dict):
+            raise UsageError(f'{action.dest} must be {kind}, not {value!r}')
+        return value
+    if value is True and action.const is not None:
+        return action.const
+    if value is False and action.choices:  # YAML reads a bare off or no so
+        value = next((word for word in ('off', 'no') if word in action.choices), value)
+    many = action.nargs in ('+', '*') or isinstance(action.nargs, int)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if isinstance(value, (list, tuple)) and not many or isinstance(action.nargs, int) and len(values) != action.nargs:
+        raise UsageError(f'{action.dest} must be {action.nargs if many else 1} '
+                         f'value{"s" if many else ""}, not {value!r}')
+    values = [_converted(action, item) for item in values]
+    return values if many else values[0]
+
+
+def _converted(action: argparse.Action, value: Any) -> Any:
+    kind: Any = action.type or str
+    try:
+        converted = kind(value)
+        if isinstance(value, (bool, list, dict)) or (kind is int and converted != float(value)):
+            raise ValueError
+    except (TypeError, ValueError):
+        what = {int: 'a whole number', float: 'a number'}.get(kind, 'text')
+        raise UsageError(f'{action.dest} must be {what}, not {value!r}') from None
+    if action.choices and converted not in action.choices:
+        raise UsageError(f'{action.dest} must be one of {", ".join(map(str, action.choices))}, not {value!r}')
+    return converted
+
+
+# Options that do nothing without another one, under its name
+_DEPENDENTS = {
+    'amp': ('amp_dtype',),
+    'torchcompile': ('torchcompile_mode',),
+    'torchscript': ('fuser',),
+    'clip_grad': ('clip_mode',),
+    'layer_decay': ('layer_decay_min_scale', 'layer_decay_no_opt_scale'),
+    'model_ema': ('model_ema_force_cpu', 'model_ema_decay', 'model_ema_warmup'),
+    'kd_model_name': ('kd_distill_type', 'kd_loss_type', 'distill_loss_weight', 'task_loss_weight', 'kd_temperature',
+                      'kd_student_feature_dim', 'kd_teacher_feature_dim', 'kd_token_distill_type'),
+    'log_wandb': ('wandb_project', 'wandb_tags', 'wandb_resume_id'),
+    'resume': ('no_resume_opt', 'wandb_resume_id'),
+    'train_img_sizes': ('train_batch_sizes', 'train_size_probs', 'train_size_schedule', 'train_size_schedule_spread',
+                        'train_size_random_mix', 'train_batches_per_epoch', 'variable_batch_loss_scale'),
+    'naflex_loader': ('naflex_train_seq_lens', 'naflex_max_seq_len', 'naflex_patch_sizes', 'naflex_loss_scale',
+                      'naflex_patchify_channels_first'),
+    'naflex_patch_sizes': ('naflex_patch_size_probs',),
+}
+
+# What MixSize takes the place of, or cannot be had with: dest -> (the value that leaves it off, why)
+_OFF_ONLY = {
+    'aug_splits': (0, 'its duplicates take the place of splits'),
+    'split_bn': (False, 'its duplicates take the place of splits'),
+    'torchscript': (False, 'the batch norm of a scripted model cannot be calibrated; --torchcompile can be had'),
+    'use_multi_epochs_loader': (False, 'its own loader keeps its workers anyway'),
+    'worker_seeding': ('all', 'each augmentation is seeded by its image'),
+    'train_img_sizes': (None, 'name them with --mixsize-sizes and --mixsize-probs'),
+    'naflex_loader': (False, 'NaFlex has sizes of its own'),
+}
+
+
+def _resolve(args: argparse.Namespace, given: argparse.Namespace) -> None:
+    """Give the arguments that say the same in several ways one form; ``given`` is what the command line alone says."""
+    args.data_dir = given.data_dir or given.data or args.data_dir or args.data
+    if args.amp:
+        wanted = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype]
+        if args.mixed_precision not in (None, wanted):
+            raise UsageError(f'--amp with {args.amp_dtype} contradicts --mixed-precision {args.mixed_precision}')
+        args.mixed_precision = wanted
+    if args.drop_connect is not None:
+        if args.drop_path not in (None, args.drop_connect):
+            raise UsageError('--drop-connect is the old name of --drop-path: give one of them')
+        args.drop_path = args.drop_connect
+    for old, loss in ((args.jsd_loss, 'jsd'), (args.bce_loss, 'bce')):
+        if old and args.loss not in (None, loss):
+            raise UsageError(f'--{loss}-loss contradicts --loss {args.loss}')
+        args.loss = loss if old else args.loss
+    if args.bce_pos_weight is not None:
+        if args.loss_pos_weight not in (None, str(args.bce_pos_weight)):
+            raise UsageError('--bce-pos-weight is the old name of --loss-pos-weight: give one of them')
+        args.loss_pos_weight = str(args.bce_pos_weight)
+    multi_label = args.task == 'multilabel'
+    args.loss = args.loss or ('bce' if multi_label else 'ce')
+    args.eval_metric = args.eval_metric or ('map' if multi_label else 'top1')
+    args.smoothing = args.smoothing if args.smoothing is not None else 0. if multi_label else 0.1
+    if args.mixsize is None and (args.train_img_sizes or args.naflex_loader):
+        args.mixsize = 'off'
+    elif given.mixsize is None and (given.mixsize_sizes or (args.mixsize is None and args.mixsize_sizes)):
+        args.mixsize = 'custom'
+    if args.aug_repeats and args.mixsize != 'off':
+        if args.aug_repeats != int(args.aug_repeats) or args.aug_repeats < 1:
+            raise UsageError(f'--aug-repeats must be a whole number, not {args.aug_repeats}')
+        if args.mixsize_duplicates not in (1, int(args.aug_repeats)):
+            raise UsageError('--aug-repeats means the same as --mixsize-duplicates: give one of them')
+        args.mixsize_duplicates = int(args.aug_repeats)
 
 
 def _check(args: argparse.Namespace, given: argparse.Namespace) -> None:
     """Refuse what cannot work; ``given`` is what the command line alone says."""
-    for name in ('batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs', 'val_interval', 'log_interval',
-                 'lr_base_size'):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f'--{name.replace("_", "-")} must be at least 1, not {value}')
-    for name in ('workers', 'calibrate', 'calibrate_val', 'seed'):
-        if getattr(args, name) < 0:
-            raise UsageError(f'--{name.replace("_", "-")} must not be negative, not {getattr(args, name)}')
-    if not 0 <= args.grad_smoothing_momentum < 1:
-        raise UsageError(f'--grad-smoothing-momentum must be in [0, 1), not {args.grad_smoothing_momentum}')
+    _check_ranges(args)
+    parser = build_parser()
+    for name, dependents in _DEPENDENTS.items():
+        for dependent in dependents:
+            if getattr(given, dependent) != parser.get_default(dependent) and not getattr(args, name):
+                raise UsageError(f'{_flag(dependent)} needs {_flag(name)}')
     if args.dataset == DIGITS and args.data_dir:
         raise UsageError(f'the digits are embedded: leave out {args.data_dir}, or say what it is with --dataset')
-    if given.mixsize is None and (given.mixsize_sizes or (args.mixsize is None and args.mixsize_sizes)):
-        args.mixsize = 'custom'
+    _check_mixsize(args, given)
+    _check_augmentation(args)
+    _check_task(args)
+    if args.sched == 'plateau' and args.sched_on_updates:
+        raise UsageError('--sched plateau steps after an epoch: leave out --sched-on-updates')
+    if args.amp and args.model_dtype not in (None, 'float32'):
+        raise UsageError('--amp needs weights of float32: leave out --model-dtype')
+    if args.local_rank and os.environ.get('LOCAL_RANK', str(args.local_rank)) != str(args.local_rank):
+        raise UsageError(f'--local_rank {args.local_rank} contradicts LOCAL_RANK={os.environ["LOCAL_RANK"]}')
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    for name in ('batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs', 'val_interval', 'log_interval',
+                 'lr_base_size', 'checkpoint_hist', 'stop_epoch', 'train_batches_per_epoch'):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f'{_flag(name)} must be at least 1, not {value}')
+    for name in ('workers', 'calibrate', 'calibrate_val', 'seed', 'recovery_interval', 'mixsize_reg', 'epoch_repeats',
+                 'aug_repeats'):
+        if getattr(args, name) < 0:
+            raise UsageError(f'{_flag(name)} must not be negative, not {getattr(args, name)}')
+    if not 0 <= args.grad_smoothing_momentum < 1:
+        raise UsageError(f'--grad-smoothing-momentum must be in [0, 1), not {args.grad_smoothing_momentum}')
+    if not 0 <= args.smoothing < 1:
+        raise UsageError(f'--smoothing must be in [0, 1), not {args.smoothing}')
+    if args.tta not in (0, 1, 2):
+        raise UsageError(f'--tta takes 2, for an image and its mirror image, not {args.tta}')
+    if any(epoch < 1 for epoch in args.save_epochs):
+        raise UsageError('--save-epochs counts finished epochs: from 1')
+
+
+def _check_mixsize(args: argparse.Namespace, given: argparse.Namespace) -> None:
     if args.mixsize == 'custom' and not args.mixsize_sizes:
         raise UsageError('--mixsize custom needs --mixsize-sizes')
     if args.mixsize != 'custom':
@@ -115,16 +255,74 @@ def _check(args: argparse.Namespace, given: argparse.Namespace) -> None:
             raise UsageError('--mixsize-sizes and --mixsize-probs need --mixsize custom')
         args.mixsize_sizes = args.mixsize_probs = None
     if args.mixsize == 'off':
-        for name, default in (('adapt', 'd+'), ('duplicates', 1), ('max_work', None), ('drop', 'tail')):
+        for name, default in (('adapt', 'd+'), ('duplicates', 1), ('max_work', None), ('drop', 'tail'), ('reg', 0)):
             if getattr(given, f'mixsize_{name}') != default:
                 raise UsageError(f'--mixsize off trains one size: leave out --mixsize-{name.replace("_", "-")}')
-    if args.sched == 'plateau' and args.sched_on_updates:
-        raise UsageError('--sched plateau steps after an epoch: leave out --sched-on-updates')
+        return
+    for name, (absent, why) in _OFF_ONLY.items():
+        if getattr(args, name) != absent:
+            raise UsageError(f'{_flag(name)} cannot be had with MixSize: {why}; or use --mixsize off')
+
+
+def _check_augmentation(args: argparse.Namespace) -> None:
+    if args.aug_splits == 1:
+        raise UsageError('--aug-splits must be 2 or more, or 0 for none')
+    if args.split_bn and not (args.aug_splits or args.resplit):
+        raise UsageError('--split-bn needs --aug-splits or --resplit')
+    if args.split_bn and args.sync_bn:
+        raise UsageError('--split-bn and --sync-bn exclude each other')
+    if args.aug_splits and mixing(args) and not args.no_prefetcher:
+        raise UsageError('--aug-splits with mixup or cutmix needs --no-prefetcher')
+    if args.naflex_loader:
+        for name in ('aug_splits', 'train_img_sizes', 'use_multi_epochs_loader', 'mixup_off_epoch', 'cutmix_minmax',
+                     'torchscript', 'tta'):
+            if getattr(args, name):
+                raise UsageError(f'--naflex-loader and {_flag(name)} exclude each other')
+    if args.train_img_sizes and args.use_multi_epochs_loader:
+        raise UsageError('--train-img-sizes and --use-multi-epochs-loader exclude each other')
+    for choices, others in (('naflex_patch_sizes', ('naflex_patch_size_probs',)),
+                            ('train_img_sizes', ('train_batch_sizes', 'train_size_probs'))):
+        for other in others:
+            if getattr(args, other) and len(getattr(args, other)) != len(getattr(args, choices) or ()):
+                raise UsageError(f'{_flag(other)} must have one value for each of {_flag(choices)}')
+
+
+def _check_task(args: argparse.Namespace) -> None:
+    multi_label = args.task == 'multilabel'
+    if args.loss == 'jsd' and args.aug_splits < 2:
+        raise UsageError('--loss jsd compares splits of a batch: it needs --aug-splits 2 or more')
+    if not multi_label and (args.target_format == 'multihot' or ',' in (args.target_key or '')):
+        raise UsageError('targets of several labels need --task multilabel')
+    if multi_label and args.kd_model_name:
+        raise UsageError('--kd-model-name needs --task classification')
+    if multi_label and args.dataset == DIGITS:
+        raise UsageError('the digits have one label each: --task multilabel needs a --dataset')
+    for name, loss, default in (('bce_sum', 'bce', False), ('bce_target_thresh', 'bce', None),
+                                ('poly_epsilon', 'poly', 2), ('poly_gamma', 'poly', 0)):
+        if getattr(args, name) != default and args.loss != loss:
+            raise UsageError(f'{_flag(name)} needs --loss {loss}')
+    computed = {args.loss_pos_weight, args.loss_class_weight} & set(CLASS_WEIGHT_METHODS)
+    if args.class_stats and not (computed or args.loss == 'db'):
+        raise UsageError('--class-stats needs --loss db, or a method in --loss-pos-weight or --loss-class-weight')
+    if args.loss_weight_power != 1 and not computed & {'neg_pos', 'inv_freq'}:
+        raise UsageError('--loss-weight-power needs --loss-pos-weight neg_pos or --loss-class-weight inv_freq')
+    metrics = (MultiLabelClassificationEvaluator if multi_label else ClassificationEvaluator).metric_names
+    if args.eval_metric not in metrics:
+        raise UsageError(f'--eval-metric must be one of {", ".join(metrics)}, not {args.eval_metric}')
+
+
+def _flag(name: str) -> str:
+    return '--' + name.replace('_', '-')
 
 
 def mixing(args: argparse.Namespace) -> bool:
     """Whether mixup or cutmix is on."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def model_dtype(args: argparse.Namespace) -> Optional[torch.dtype]:
+    """The type of the weights, where one is asked for."""
+    return getattr(torch, args.model_dtype) if args.model_dtype else None
 
 
 def make_regime(args: argparse.Namespace, input_size: Tuple[int, int, int]) -> Optional[Regime]:

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any, Iterable, List, Optional
 
 import torch
+from timm.layers import SplitBatchNorm2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -59,18 +60,20 @@ def calibrate(model: nn.Module, loader: Iterable[Any], num_batches: Optional[int
 
 def calibrated_layers(model: nn.Module) -> List[_BatchNorm]:
     """The layers whose statistics :func:`calibrate` computes; without any there is nothing to calibrate."""
+    split = {id(part) for m in model.modules() if isinstance(m, SplitBatchNorm2d) for part in m.modules()}
     in_training = any(p.requires_grad for p in model.parameters())  # else nothing was frozen on purpose
     return [m for m in model.modules()
-            if isinstance(m, _BatchNorm) and m.track_running_stats and not (in_training and _frozen(m))]
+            if isinstance(m, _BatchNorm) and m.track_running_stats and id(m) not in split
+            and not (in_training and _frozen(m))]
 
 
 @torch.no_grad()
 def _forward_all(model: nn.Module, loader: Iterable[Any], num_batches: Optional[int]) -> None:
-    device = next(model.parameters()).device
+    parameter = next(model.parameters())
     count = 0
     for batch in islice(loader, num_batches):
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        model(images.to(device, non_blocking=True))
+        model(images.to(parameter.device, parameter.dtype, non_blocking=True))
         count += 1
     if not count:
         raise ValueError('the loader gave no batch to calibrate on: lower its batch size or add images')
@@ -85,8 +88,8 @@ def _warn_of_unserved(model: nn.Module) -> None:
     # timm's and torchvision's FrozenBatchNorm2d are frozen by what they are
     unserved: List[str] = [
         f'{name} ({type(m).__name__})' for name, m in model.named_modules()
-        if 'running_var' in m._buffers and m.running_var is not None
-        and not isinstance(m, _BatchNorm) and not type(m).__name__.startswith('Frozen')
+        if getattr(m, 'running_var', None) is not None and not type(m).__name__.startswith('Frozen')
+        and (isinstance(m, SplitBatchNorm2d) or not isinstance(m, _BatchNorm))
     ]
     if unserved:
         _logger.warning('Not calibrated, for they keep running statistics of another kind: %s', ', '.join(unserved))

@@ -1,9 +1,10 @@
 """A run saved and resumed: tensors as safetensors, everything else as JSON, nothing pickled."""
+import glob
 import json
 import os
 import random
 import shutil
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -12,43 +13,78 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 MODEL_FILE = 'model.safetensors'
+EMA_FILE = 'model_ema.safetensors'
 STATE_FILE = 'state.safetensors'
 STATE_JSON = 'state.json'
+LAST = 'last'  # the checkpoint of a run's folder that the run continues from
 
 _TENSOR, _TUPLE, _ITEMS = '__tensor__', '__tuple__', '__items__'
 
 
-def save_checkpoint(folder: str, model: nn.Module, state: Any = None) -> None:
+def save_checkpoint(folder: str, model: nn.Module, state: Any = None, ema: Optional[nn.Module] = None) -> None:
     """Write a checkpoint folder; one that stood there before is replaced when the new one is whole.
 
     Args:
         folder: The folder to make.
         model: Its weights and buffers are saved as ``model.safetensors``.
         state: What else training needs: nested dicts, lists and tuples of tensors and plain values.
+        ema: Moving average of the model, saved as ``model_ema.safetensors``.
     """
-    new, old = folder + '.new', folder + '.old'
+    new = folder + '.new'
     shutil.rmtree(new, ignore_errors=True)
     os.makedirs(new)
-    save_file(_distinct(model.state_dict()), os.path.join(new, MODEL_FILE), metadata={'format': 'pt'})
+    for module, name in ((model, MODEL_FILE), (ema, EMA_FILE)):
+        if module is not None:
+            save_file(_distinct(module.state_dict()), os.path.join(new, name), metadata={'format': 'pt'})
     if state is not None:
         tensors: Dict[str, torch.Tensor] = {}
         plain = _pack(state, tensors)
         save_file(tensors, os.path.join(new, STATE_FILE))
         with open(os.path.join(new, STATE_JSON), 'w', encoding='utf-8') as file:
             json.dump(plain, file)
+    _replace(folder)
+
+
+def copy_checkpoint(source: str, folder: str) -> None:
+    """Keep a checkpoint under another name, sharing its files where the file system can: they are never written to."""
+    def link(file: str, copied: str) -> None:
+        try:
+            os.link(file, copied)
+        except OSError:
+            shutil.copy2(file, copied)
+
+    shutil.rmtree(folder + '.new', ignore_errors=True)
+    shutil.copytree(source, folder + '.new', copy_function=link)
+    _replace(folder)
+
+
+def _replace(folder: str) -> None:
+    """Put ``folder.new`` in the place of ``folder``; there is one that is whole at any time."""
+    old = folder + '.old'
     shutil.rmtree(old, ignore_errors=True)
     if os.path.isdir(folder):
         os.rename(folder, old)
-    os.rename(new, folder)
+    os.rename(folder + '.new', folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(folder: str, model: nn.Module) -> Any:
+def holds_checkpoint(folder: str) -> bool:
+    """Whether a checkpoint was saved there."""
+    return any(os.path.isfile(os.path.join(place, MODEL_FILE)) for place in (folder, folder + '.old'))
+
+
+def run_folder(path: str) -> str:
+    """The folder of the run that a path names: it, or the folder around one of its checkpoints."""
+    return os.path.dirname(os.path.abspath(path)) if os.path.isfile(os.path.join(path, MODEL_FILE)) else path
+
+
+def load_checkpoint(folder: str, model: nn.Module, ema: Optional[nn.Module] = None) -> Any:
     """Read a checkpoint folder into a model.
 
     Args:
         folder: What :func:`save_checkpoint` wrote.
         model: Gets the weights and buffers.
+        ema: Gets those of the moving average; the model's, where none was saved.
 
     Returns:
         The ``state`` that was saved.
@@ -62,7 +98,9 @@ def load_checkpoint(folder: str, model: nn.Module) -> Any:
     if not os.path.isfile(os.path.join(folder, MODEL_FILE)):
         raise FileNotFoundError(f'no checkpoint at {folder}')
     try:
-        weights = load_file(os.path.join(folder, MODEL_FILE))
+        weights = averaged = load_file(os.path.join(folder, MODEL_FILE))
+        if ema is not None and os.path.isfile(os.path.join(folder, EMA_FILE)):
+            averaged = load_file(os.path.join(folder, EMA_FILE))
         with open(os.path.join(folder, STATE_JSON), encoding='utf-8') as file:
             plain = json.load(file)
         state = _unpack(plain, load_file(os.path.join(folder, STATE_FILE)))
@@ -70,10 +108,44 @@ def load_checkpoint(folder: str, model: nn.Module) -> Any:
         raise ValueError(f'the checkpoint {folder} is not readable: {" ".join(str(error).split())}') from error
     try:
         model.load_state_dict(weights)
+        if ema is not None:
+            ema.load_state_dict(averaged)
     except RuntimeError as error:
         raise ValueError(f'the checkpoint {folder} is of another model than {type(model).__name__} with these '
                          'arguments: resume with the arguments it was started with') from error
     return state
+
+
+class CheckpointHistory:
+    """The checkpoints of the best epochs, as timm's ``CheckpointSaver`` keeps them: ``checkpoint-E`` beside ``last``.
+
+    Args:
+        folder: The run's folder.
+        limit: Number of checkpoints to keep.
+        entries: Epoch and metric of those that are kept, of a run that is resumed.
+    """
+
+    def __init__(self, folder: str, limit: int, entries: Sequence[Tuple[int, float]] = ()) -> None:
+        self.folder = folder
+        self.limit = limit
+        self.entries = [(epoch, metric) for epoch, metric in entries if os.path.isdir(self._path(epoch))]
+
+    def rank(self, epoch: int, metric: float) -> None:
+        """Give an epoch its place: a higher metric is better, and of equal ones the earlier epoch."""
+        ranked = sorted([*self.entries, (epoch, metric)], key=lambda entry: (-entry[1], entry[0]))
+        self.entries = ranked[:self.limit]
+
+    def keep(self, epoch: int) -> None:
+        """Keep ``last`` as the checkpoint of an epoch if it has a place, and remove those that lost theirs."""
+        places = {self._path(place) for place, _ in self.entries}
+        if self._path(epoch) in places:
+            copy_checkpoint(os.path.join(self.folder, LAST), self._path(epoch))
+        for path in glob.glob(os.path.join(glob.escape(self.folder), 'checkpoint-*')):
+            if path not in places:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _path(self, epoch: int) -> str:
+        return os.path.join(self.folder, f'checkpoint-{epoch}')
 
 
 def random_state() -> Dict[str, Any]:

@@ -6,11 +6,14 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import numpy as np
 import timm.data
 import torch
+from PIL import Image
+from timm.data import auto_augment
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .datasets import ReadableDataset
 from .regime import Regime
+from .regularization import SizeRegularization
 from .sampler import Group, MixSizeBatchSampler
 
 _OF_TIMMS_SAMPLERS = (
@@ -30,6 +33,7 @@ class MixSizeDataset(Dataset):
         transforms: A transform for each size in pixels.
         collate_fn: Makes a batch of a list of samples; timm's mixup is one.
         seed: Seed of the run.
+        set_size: Called with the size of each batch before it is made.
     """
 
     def __init__(
@@ -38,16 +42,20 @@ class MixSizeDataset(Dataset):
             transforms: Dict[int, Callable],
             collate_fn: Callable,
             seed: int = 42,
+            set_size: Optional[Callable[[int], None]] = None,
     ) -> None:
         self.dataset = dataset
         self.transforms = transforms
         self.collate_fn: Any = collate_fn
         self.seed = seed
+        self.set_size = set_size
 
     def __getitems__(self, group: Group) -> Any:
         """The batch of ``batch * duplicates`` samples, the duplicates of an image one after the other."""
         assert group.images is not None, 'a MixSize loader plans its own images'
         transform = self.transforms[group.size]
+        if self.set_size is not None:
+            self.set_size(group.size)
         samples: List[Tuple[Any, Any]] = []
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         try:
@@ -141,6 +149,7 @@ def create_loader(
         world_size: Optional[int] = None,
         grad_accum_steps: int = 1,
         drop: str = 'tail',
+        size_reg: float = 0.,
         **kwargs: Any,
 ) -> Any:
     """timm's ``create_loader`` with a regime; without one it *is* timm's.
@@ -156,6 +165,7 @@ def create_loader(
         world_size: Number of processes, likewise.
         grad_accum_steps: Groups of one size that make an optimizer step.
         drop: See :func:`~mixsize_timm.sampler.size_batches`.
+        size_reg: Strength of :class:`~mixsize_timm.regularization.SizeRegularization` for augmentation and mixup.
         **kwargs: Every other argument of ``timm.data.create_loader``, with its meaning; with a regime all but those of
             scheduled sizes, repeated and split augmentation, which the regime takes the place of.
 
@@ -168,6 +178,7 @@ def create_loader(
         TypeError: The data set is iterable-style.
         ValueError: The arguments contradict the regime, or no size gets a step.
     """
+    _allow_zero_bits()
     if regime is None:
         return timm.data.create_loader(dataset, input_size, batch_size, is_training, **kwargs)
     if not is_training:
@@ -190,12 +201,17 @@ def create_loader(
     # timm's own loader of scheduled sizes makes the transforms, collation and prefetcher from its arguments
     kwargs.setdefault('device', torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
     readable: Any = copy.copy(dataset) if isinstance(dataset, ReadableDataset) else ReadableDataset(dataset)
-    template = timm.data.create_loader(
-        readable, input_size, 1, True, input_size_choices=regime.sizes, num_batches=1, **kwargs)
-    inner = template.loader if isinstance(template, PrefetchLoader) else template
-    scheduled: Any = inner.dataset
+    regularization = SizeRegularization(size_reg, regime.base_size, mixup=kwargs.get('collate_fn'))
+    transforms: Dict[int, Callable] = {}
+    for size in regime.sizes:
+        scaled = regularization.augmentation(size, kwargs.get('auto_augment'), kwargs.get('color_jitter', 0.4))
+        template = timm.data.create_loader(
+            readable, input_size, 1, True, input_size_choices=(size,), num_batches=1, **{**kwargs, **scaled})
+        inner: Any = template.loader if isinstance(template, PrefetchLoader) else template
+        transforms[size] = inner.dataset.transforms[0]
     loader: Any = DataLoader(
-        MixSizeDataset(scheduled.dataset, dict(zip(regime.sizes, scheduled.transforms)), inner.collate_fn, seed),
+        MixSizeDataset(readable, transforms, inner.collate_fn, seed,
+                       regularization.set_size if size_reg else None),
         batch_sampler=sampler,  # type: ignore[arg-type]
         num_workers=inner.num_workers,
         collate_fn=_collated,
@@ -208,3 +224,16 @@ def create_loader(
         template.loader = loader
         loader = template
     return MixSizeLoader(loader, sampler)
+
+
+def _allow_zero_bits() -> None:
+    """Let timm's strongest posterize be drawn: it keeps 0 bits, a black image, which Pillow 13 raises an error for.
+
+    It would end every longer run with RandAugment at high magnitudes, such as ``rand-m9-mstd0.5-inc1``.
+    """
+    for name in ('Posterize', 'PosterizeIncreasing', 'PosterizeOriginal'):
+        auto_augment.NAME_TO_OP[name] = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    return auto_augment.posterize(image, bits, **kwargs) if bits > 0 else Image.new(image.mode, image.size)

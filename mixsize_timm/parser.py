@@ -5,13 +5,10 @@ from typing import Any, NoReturn
 from timm.loss import LOSS_TYPES
 from timm.utils import ParseKwargs
 
+from .errors import UsageError
 from .regime import ADAPT_MODES, DROP_RULES, PRESETS
 
 MIXSIZE_MODES = ('off', *PRESETS, 'custom')
-
-
-class UsageError(Exception):
-    """Something the user asked for cannot be done; the message is one line that says what to do."""
 
 
 class _KeyValues(ParseKwargs):
@@ -29,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the training command; what it cannot parse is a :class:`UsageError`."""
     parser = _Parser(
-        prog='mixsize_timm.train', allow_abbrev=False,
+        prog='mixsize_timm.train',
         description='Train a timm model at mixed image sizes. Without a data set it trains on scikit-learn\'s digits.',
         epilog='Launch with "accelerate launch -m mixsize_timm.train ..." or "python -m mixsize_timm.train ...".')
     parser.add_argument('-c', '--config', default='', metavar='FILE',
@@ -382,8 +379,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
                        help='save the batch of each log line as an image in the run\'s folder')
     group.add_argument('-j', '--workers', type=int, default=4, metavar='N',
                        help='processes that load images (default: 4)')
-    group.add_argument('--worker-seeding', default='all', metavar='MODE',
-                       help='seeding of the workers of timm\'s own loader (default: all)')
+    group.add_argument('--worker-seeding', default='all', choices=('all', 'part'),
+                       help='seeding of the workers of timm\'s own loader; part leaves out NumPy (default: all)')
     group.add_argument('--pin-mem', action='store_true', default=False, help='pin the memory of batches')
     group.add_argument('--no-prefetcher', action='store_true', default=False,
                        help='normalise and erase in the workers, not on the device')

@@ -3,31 +3,46 @@ import argparse
 import json
 import logging
 import os
+import pickle
 import sys
+from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import yaml
 from accelerate.utils import gather_object
 from timm.models import safe_model_name
-from timm.utils import distribute_bn, random_seed, setup_default_logging
+from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils import distribute_bn, random_seed, setup_default_logging, unwrap_model
 from timm.utils.summary import trim_summary, update_summary
 from torch import nn
 
-from .args import ARGS_FILE, parse_args
-from .build import Data, create_accelerator, create_model, create_schedule, create_task, scale_lr
+from .args import ARGS_FILE, model_dtype, output_folder, parse_args
+from .build import create_accelerator, create_batch_scale, create_model, create_schedule, create_task, scale_lr
 from .calibration import calibrate, calibrated_layers
-from .checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from .checkpoint import (
+    LAST,
+    CheckpointHistory,
+    copy_checkpoint,
+    load_checkpoint,
+    random_state,
+    run_folder,
+    save_checkpoint,
+    set_random_state,
+)
 from .engine import train_one_epoch, validate
-from .parser import UsageError
+from .errors import UsageError, refusing
+from .loaders import Data
+from .regularization import SizeRegularization
 from .smoothing import GradientSmoother
+from .trackers import log_sizes, open_trackers
 
 _logger = logging.getLogger(__name__)
 
 SIZES_FILE = 'sizes.json'
 SUMMARY_FILE = 'summary.csv'
-LAST = 'last'
+
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -63,13 +78,21 @@ class Training:
         model = create_model(args)
         self.data = Data(args, model, self.accelerator)
         self.data.describe()
-        args.lr = scale_lr(args, self.data.regime, self.accelerator.num_processes)
-        self.task, self.optimizer = create_task(args, model, self.accelerator)
+        args.lr = scale_lr(args, self.data, self.accelerator.num_processes)
+        self.task, self.optimizer = create_task(args, model, self.accelerator, self.data.num_shapes)
         self.smoother = GradientSmoother(args.grad_smoothing_momentum) if args.grad_smoothing else None
+        self.regularization = None
+        if args.mixsize_reg and self.data.regime is not None:
+            self.regularization = SizeRegularization(
+                args.mixsize_reg, self.data.base_size, self.model, self.data.mixup_fn)
         self.lr_scheduler, self.num_epochs = create_schedule(args, self.optimizer, self.data)
+        self.stop_epoch = args.stop_epoch or self.num_epochs
+        if self.stop_epoch > self.num_epochs:
+            raise UsageError(f'--stop-epoch {self.stop_epoch} is behind the last of {self.num_epochs} epochs')
         self.start_epoch = 0
         self.best: Optional[float] = None
         self.folder = self._choose_folder()
+        self.history = CheckpointHistory(self.folder, args.checkpoint_hist)
         if args.resume:
             self._load(args.resume)
         if args.start_epoch is not None:
@@ -79,27 +102,52 @@ class Training:
 
     @property
     def model(self) -> nn.Module:
-        """The model without the wrappers of Accelerate."""
-        return self.accelerator.unwrap_model(self.task.get_trainable_module())
+        """The model without the wrappers of Accelerate, torch.compile and the task."""
+        return unwrap_model(self.task.get_eval_model())
+
+    @property
+    def ema(self) -> Optional[nn.Module]:
+        """The moving average of the model, if one is kept."""
+        return unwrap_model(self.task.get_eval_model(ema=True)) if self.task.has_ema() else None
 
     def run(self) -> None:
         """Train, validate and save every epoch, then report the accuracy at each size."""
-        args = self.args
         self._open_folder()
-        for epoch in range(self.start_epoch, self.num_epochs):
-            train_metrics = train_one_epoch(
-                epoch, self.task, self.data.loader, self.data.start_epoch(epoch), self.optimizer, self.accelerator,
-                smoother=self.smoother, lr_scheduler=self.lr_scheduler, mixup_fn=self.data.mixup_fn,
-                clip_grad=args.clip_grad, clip_mode=args.clip_mode, channels_last=args.channels_last,
-                log_interval=args.log_interval)
-            if self.accelerator.num_processes > 1 and args.dist_bn and not args.sync_bn:
-                distribute_bn(self.model, self.accelerator.num_processes, args.dist_bn == 'reduce')
-            if (epoch + 1) % args.val_interval and epoch + 1 != self.num_epochs:
-                self._step_schedule(epoch + 1)
+        for epoch in range(self.start_epoch, self.stop_epoch):
+            train_metrics = self._train(epoch)
+            finished = epoch + 1
+            if finished % self.args.val_interval and finished not in (*self.args.save_epochs, self.stop_epoch):
+                self._step_schedule(finished)
             else:
                 self._finish_epoch(epoch, train_metrics)
         self._report_sizes()
         self.accelerator.end_training()
+
+    def _train(self, epoch: int) -> Dict[str, float]:
+        args, accelerator = self.args, self.accelerator
+
+        def recover(step: int) -> None:
+            if args.recovery_interval and step % args.recovery_interval == 0:
+                self._save('recovery', self._state(epoch))  # the epoch is trained again
+
+        plan = self.data.start_epoch(epoch)
+        with _compile_limit():
+            metrics = train_one_epoch(
+                epoch, self.task, self.data.loader, plan, self.optimizer, accelerator, smoother=self.smoother,
+                lr_scheduler=self.lr_scheduler, mixup_fn=self.data.mixup_fn,
+                set_size=self.regularization.set_size if self.regularization else None,
+                batch_scale=create_batch_scale(args, self.data, accelerator), clip_grad=args.clip_grad,
+                clip_mode=args.clip_mode, channels_last=args.channels_last, model_dtype=model_dtype(args),
+                synchronize_step=args.synchronize_step, log_interval=args.log_interval,
+                save_images=self.folder if args.save_images else '', on_step=recover)
+        if self.regularization:
+            self.regularization.set_size(self.data.base_size)
+        if args.torchcompile:
+            _logger.info('torch.compile has made %d graphs', torch._dynamo.utils.counters['stats']['unique_graphs'])
+        if accelerator.num_processes > 1 and args.dist_bn and not args.sync_bn:
+            for model in filter(None, (self.model, self.ema)):
+                distribute_bn(model, accelerator.num_processes, args.dist_bn == 'reduce')
+        return metrics
 
     def _finish_epoch(self, epoch: int, train_metrics: Dict[str, float]) -> None:
         """Validate, write the summary, step the schedule and save."""
@@ -109,34 +157,46 @@ class Training:
             update_summary(epoch, train_metrics, eval_metrics, os.path.join(self.folder, SUMMARY_FILE), lr=lr)
         self.accelerator.log({
             'epoch': epoch, 'lr': lr, **{f'train_{k}': v for k, v in train_metrics.items()},
-            **{f'eval_{k}': v for k, v in eval_metrics.items()}}, step=epoch)
+            **{f'eval_{k}': v for k, v in eval_metrics.items()}}, step=(epoch + 1) * self.data.num_steps)
 
-        metric = eval_metrics['top1'] if eval_metrics else -train_metrics['loss']
-        improved = self.best is None or metric > self.best
-        self.best = metric if improved else self.best
-        self._step_schedule(epoch + 1, eval_metrics.get('top1', train_metrics['loss']))
+        metric = eval_metrics[self.args.eval_metric] if eval_metrics else train_metrics['loss']
+        rank = -metric if self.data.decreasing_metric else metric
+        improved = self.best is None or rank > self.best
+        self.best = rank if improved else self.best
+        self.history.rank(epoch, rank)
+        self._step_schedule(epoch + 1, metric)
         state = self._state(epoch + 1)
+        if improved and self.accelerator.is_main_process:  # first: the state that follows says that it is there
+            save_checkpoint(os.path.join(self.folder, 'best'), used['model'], ema=used.get('ema'))
+        self._save(LAST, state)
         if self.accelerator.is_main_process:
-            if improved:  # first: the state that follows says that it is there
-                save_checkpoint(os.path.join(self.folder, 'best'), used)
-            save_checkpoint(os.path.join(self.folder, LAST), self.model, state)
+            self.history.keep(epoch)
+            if epoch + 1 in self.args.save_epochs:
+                copy_checkpoint(os.path.join(self.folder, LAST), os.path.join(self.folder, f'milestone-{epoch + 1}'))
         self.accelerator.wait_for_everyone()
 
-    def _validate(self, epoch: int) -> Tuple[nn.Module, Dict[str, float]]:
-        """The model as it is used at the base size, and its metrics with those of the running statistics beside."""
-        size = self.data.base_size
+    def _validate(self, epoch: int) -> Tuple[Dict[str, nn.Module], Dict[str, float]]:
+        """The model and its moving average as they are used at the base size, and the metrics.
+
+        They are the moving average's where there is one, with those of its running statistics beside.
+        """
+        size, metrics = self.data.base_size, {}
         calibrating = self.data.regime and self.args.calibrate_val and calibrated_layers(self.model)
-        if self.data.validation is None:
-            return self._calibrated(size, self.args.calibrate_val) if calibrating else self.model, {}
-        own = self._evaluate(self.model, size)
-        if not calibrating:
-            _logger.info('Validation %d  %d px  %s', epoch, size, _summary(own))
-            return self.model, own
-        calibrated = self._calibrated(size, self.args.calibrate_val)
-        metrics = self._evaluate(calibrated, size)
-        _logger.info('Validation %d  %d px  calibrated: %s   running statistics: %s', epoch, size, _summary(metrics),
-                     _summary(own))
-        return calibrated, {**metrics, **{f'{k}_uncalibrated': v for k, v in own.items()}}
+        used: Dict[str, nn.Module] = {}
+        for name, model in (('model', self.model), ('ema', self.ema)):
+            if model is None:
+                continue
+            used[name] = self._calibrated(model, size, self.args.calibrate_val) if calibrating else model
+            if self.data.validation is None or (name == 'ema' and self.args.model_ema_force_cpu):
+                continue
+            own = metrics = self._evaluate(model, size)
+            text = _summary(own)
+            if calibrating:
+                metrics = self._evaluate(used[name], size)
+                text = f'calibrated: {_summary(metrics)}   running statistics: {text}'
+                metrics = {**metrics, **{f'{k}_uncalibrated': v for k, v in own.items()}}
+            _logger.info('Validation %d%s  %d px  %s', epoch, ' of the average' if name == 'ema' else '', size, text)
+        return used, metrics
 
     def _report_sizes(self) -> None:
         """Evaluate the final weights at every size of the regime; a table on the terminal and ``sizes.json``."""
@@ -148,22 +208,28 @@ class Training:
             regime = self.data.regime.to_dict() if self.data.regime else None
             _write_text(os.path.join(self.folder, SIZES_FILE),
                         json.dumps({'results': results, 'regime': regime}, indent=2) + '\n')
-            print(_sizes_table(results, bool(self.args.calibrate)))
+            print(_sizes_table(results, self.args.eval_metric, bool(self.args.calibrate)))
             print(f'\nThe run is in {self.folder}')
+        log_sizes(self.accelerator, results, self.stop_epoch * self.data.num_steps + 1)
 
     def measure(self, sizes: Sequence[int]) -> List[Dict[str, float]]:
-        """Metrics at each size as the model is used, calibrated, and with its running statistics beside."""
+        """Metrics at each size of the model, or its moving average where that is validated.
+
+        As it is used, calibrated, and with its running statistics beside.
+        """
+        model = self.ema if self.ema is not None and not self.args.model_ema_force_cpu else self.model
         results = []
         for size in sizes:
-            own = self._evaluate(self.model, size)
+            own = self._evaluate(model, size)
             used = own
-            if self.args.calibrate and calibrated_layers(self.model):
-                used = self._evaluate(self._calibrated(size, self.args.calibrate), size)
+            if self.args.calibrate and calibrated_layers(model):
+                used = self._evaluate(self._calibrated(model, size, self.args.calibrate), size)
             results.append({'img_size': size, **used, **{f'{k}_uncalibrated': v for k, v in own.items()}})
         return results
 
-    def _calibrated(self, size: int, num_batches: int) -> nn.Module:
-        model = calibrate(self.model, self.data.calibration_loader(size), num_batches)
+    def _calibrated(self, model: nn.Module, size: int, num_batches: int) -> nn.Module:
+        with self.accelerator.autocast():
+            model = calibrate(model, self.data.calibration_loader(size), num_batches)
         if self.accelerator.num_processes > 1:
             distribute_bn(model, self.accelerator.num_processes, reduce=True)
         return model
@@ -171,8 +237,8 @@ class Training:
     def _evaluate(self, model: nn.Module, size: int) -> Dict[str, float]:
         # torch's loaders draw from the global generator; only with --mixsize off shall training feel it, as timm's does
         with torch.random.fork_rng(devices=[], enabled=self.data.regime is not None):
-            return validate(
-                model, self.data.validation_loader(size), self.task, self.accelerator, self.args.channels_last)
+            return validate(model, self.data.validation_loader(size), self.task, self.accelerator,
+                            self.args.channels_last, model_dtype(self.args), self.args.tta)
 
     def _step_schedule(self, epoch: int, metric: Optional[float] = None) -> None:
         if self.lr_scheduler is not None:  # timm has none for --sched none
@@ -191,12 +257,17 @@ class Training:
 
     def _choose_folder(self) -> str:
         args = self.args
-        if args.resume and not (args.output or args.experiment):
-            return args.resume
+        run = run_folder(args.resume) if os.path.isdir(args.resume) else ''
+        in_place = run and os.path.basename(os.path.normpath(args.resume)) in (
+            os.path.basename(os.path.normpath(run)), LAST, 'recovery')  # not an older checkpoint: later ones would go
+        if in_place and not (args.output or args.experiment):
+            return run
         name = args.experiment or '-'.join(
             [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(self.data.base_size)])
-        folder = os.path.join(args.output or os.path.join('output', 'train'), name)
-        if any(os.path.exists(os.path.join(folder, kept)) for kept in (LAST, LAST + '.old', SIZES_FILE)):
+        folder = output_folder(args.output, name)
+        if in_place and os.path.realpath(folder) == os.path.realpath(run):
+            return folder
+        if any(os.path.exists(os.path.join(folder, kept)) for kept in (LAST, LAST + '.old', 'recovery', SIZES_FILE)):
             raise UsageError(f'{folder} already holds a run: choose another --experiment, or --resume {folder}')
         return folder
 
@@ -209,15 +280,13 @@ class Training:
                 _write_text(os.path.join(self.folder, ARGS_FILE), yaml.safe_dump(self.stated))
             except OSError as error:
                 raise UsageError(f'cannot write to {self.folder}: {error.strerror}') from error
-        if self.args.log_wandb:
-            self.accelerator.init_trackers(
-                self.args.wandb_project or 'mixsize-timm', config=vars(self.args),
-                init_kwargs={'wandb': dict(name=os.path.basename(self.folder), tags=self.args.wandb_tags)})
-        if self.start_epoch >= self.num_epochs:
-            _logger.info('All %d epochs of this run are trained: raise --epochs to train on', self.num_epochs)
+        open_trackers(self.args, self.accelerator, self.folder)
+        if self.start_epoch >= self.stop_epoch:
+            _logger.info('All %d epochs of this run are trained: raise --%s to train on', self.stop_epoch,
+                         'stop-epoch' if self.args.stop_epoch else 'epochs')
             return
         _logger.info('Training %s for epochs %d to %d on %d %s of %s, results in %s', self.args.model,
-                     self.start_epoch, self.num_epochs - 1, self.accelerator.num_processes,
+                     self.start_epoch, self.stop_epoch - 1, self.accelerator.num_processes,
                      'process' if self.accelerator.num_processes == 1 else 'processes',
                      self.accelerator.device.type, self.folder)
 
@@ -227,25 +296,49 @@ class Training:
         return {
             'epoch': epoch,
             'best': self.best,
+            'history': self.history.entries,
             'opt': self.args.opt,
             'optimizer': self.optimizer.state_dict(),
+            'task': [self.task.get_task_state(), self.task.get_task_state(ema=True)],
             'smoother': self.smoother.state_dict() if self.smoother else None,
             'scaler': scaler.state_dict() if scaler else None,
             'plateau': self.lr_scheduler.lr_scheduler.state_dict() if self.args.sched == 'plateau' else None,
             'random': gather_object([random_state()]),
         }
 
-    def _load(self, folder: str) -> None:
+    def _save(self, name: str, state: Dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            save_checkpoint(os.path.join(self.folder, name), self.model, state, self.ema)
+
+    def _load(self, path: str) -> None:
+        """Continue a run of ours, given its folder or a checkpoint in it, or one of timm's script, given its file."""
+        if os.path.isfile(path):
+            self._load_timms(path)
+            return
+        folder = os.path.join(path, LAST) if run_folder(path) == path else path
         try:
-            state = load_checkpoint(os.path.join(folder, LAST), self.model)
+            state = load_checkpoint(folder, self.model, self.ema)
         except (OSError, ValueError) as error:
             raise UsageError(str(error)) from error
+        for ema, task_state in zip((False, True), state['task']):
+            if task_state and (not ema or self.ema is not None):
+                self.task.load_task_state(task_state, ema=ema)
+        if not self.args.no_resume_opt:
+            self._load_optimizer(state, path)
+        if len(state['random']) == self.accelerator.num_processes:
+            set_random_state(state['random'][self.accelerator.process_index])
+        else:
+            _logger.warning('The run was saved by %d processes: random states start afresh', len(state['random']))
+        self.start_epoch, self.best = state['epoch'], state['best']
+        self.history = CheckpointHistory(self.folder, self.args.checkpoint_hist, state['history'])
+
+    def _load_optimizer(self, state: Dict[str, Any], path: str) -> None:
         if state['opt'] != self.args.opt:
-            raise UsageError(f'{folder} was trained with --opt {state["opt"]}, not {self.args.opt}')
+            raise UsageError(f'{path} was trained with --opt {state["opt"]}, not {self.args.opt}')
         try:
             self.optimizer.load_state_dict(state['optimizer'])
         except (KeyError, ValueError) as error:
-            raise UsageError(f'{folder} does not fit the optimizer: resume with the arguments it was started with'
+            raise UsageError(f'{path} does not fit the optimizer: resume with the arguments it was started with'
                              ) from error
         if self.smoother and state['smoother']:
             self.smoother.load_state_dict(state['smoother'])
@@ -253,25 +346,47 @@ class Training:
             self.accelerator.scaler.load_state_dict(state['scaler'])
         if self.args.sched == 'plateau' and state['plateau']:
             self.lr_scheduler.lr_scheduler.load_state_dict(state['plateau'])
-        if len(state['random']) == self.accelerator.num_processes:
-            set_random_state(state['random'][self.accelerator.process_index])
-        else:
-            _logger.warning('The run was saved by %d processes: random states start afresh', len(state['random']))
-        self.start_epoch, self.best = state['epoch'], state['best']
+
+    def _load_timms(self, path: str) -> None:
+        """timm reads its own checkpoints, with torch's unpickler restricted to tensors and plain values."""
+        with refusing(f'cannot resume {path}'):
+            try:
+                epoch = resume_task_checkpoint(
+                    self.task, path, None if self.args.no_resume_opt else self.optimizer, log_info=False)
+                if self.ema is not None:
+                    load_task_ema_checkpoint(self.task, path)
+            except pickle.UnpicklingError as error:
+                raise ValueError(str(error)) from error
+        self.start_epoch = epoch or 0
+
+
+@contextmanager
+def _compile_limit() -> Iterator[None]:
+    """Say in one line that torch.compile gave up."""
+    try:
+        yield
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise UsageError('torch.compile made more graphs of one function than the regime has shapes: leave out '
+                         '--torchcompile for this model') from error
+
+
+_NAMES = {'top1': 'top-1', 'top5': 'top-5', 'map': 'mAP'}
 
 
 def _summary(metrics: Dict[str, float]) -> str:
-    return f'top-1 {metrics["top1"]:.2f}  top-5 {metrics["top5"]:.2f}  loss {metrics["loss"]:.4f}'
+    text = [f'{_NAMES.get(name, name)} {value:.2f}' for name, value in metrics.items() if name != 'loss']
+    return '  '.join([*text, f'loss {metrics["loss"]:.4f}'])
 
 
-def _sizes_table(results: List[Dict[str, float]], calibrated: bool) -> str:
-    columns = {'calibrated': 'top1', 'running statistics': 'top1_uncalibrated'}
+def _sizes_table(results: List[Dict[str, float]], metric: str, calibrated: bool) -> str:
+    columns = {'calibrated': metric, 'running statistics': f'{metric}_uncalibrated'}
+    title = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}.get(metric, _NAMES.get(metric, metric))
     if not calibrated:
         del columns['calibrated']
     rows: List[List[Any]] = [[row['img_size'], *(row[key] for key in columns.values())] for row in results]
     rows.append(['mean', *(sum(column) / len(rows) for column in list(zip(*rows))[1:])])
-    lines = ['\nTop-1 accuracy of the final weights on the validation images, in per cent\n', '  '.join(
-        [' img_size', *columns])]
+    unit = '' if metric == 'loss' else ', in per cent'
+    lines = [f'\n{title} of the final weights on the validation images{unit}\n', '  '.join([' img_size', *columns])]
     lines += ['  '.join([f'{size:>9}', *(f'{x:>{len(name)}.2f}' for name, x in zip(columns, values))])
               for size, *values in rows]
     return '\n'.join(lines)

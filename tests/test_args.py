@@ -3,7 +3,8 @@ import pytest
 import yaml
 
 from mixsize_timm.args import make_regime, parse_args
-from mixsize_timm.parser import UsageError, build_parser
+from mixsize_timm.errors import UsageError
+from mixsize_timm.parser import build_parser
 
 
 def test_without_data_the_recipe_trains_the_digits():
@@ -89,7 +90,7 @@ def test_arguments_reach_the_regime():
     (['--epochs', 'many'], 'invalid int value'),
     (['--mixsize', 'huge'], 'invalid choice'),
     (['-c', '/nowhere.yaml'], 'cannot read /nowhere.yaml'),
-    (['--resume', '/nowhere'], 'cannot read /nowhere/args.yaml'),
+    (['--resume', '/nowhere'], 'no run at /nowhere'),
     (['--sched', 'plateau', '--sched-on-updates'], 'plateau'),
     (['--mixsize', 'off', '--mixsize-max-work', '1'], 'leave out --mixsize-max-work'),
     (['--lr-base-size', '0'], '--lr-base-size must be at least 1'),

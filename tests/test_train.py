@@ -232,7 +232,7 @@ TWO = [*DATA, '--num-classes', 2]
     ([*TWO, '--model', 'vit_tiny_patch16_224', '--img-size', 224], 'does not take images of'),
     ([*TWO, '--initial-checkpoint', '{tmp}/broken.safetensors'], 'cannot make test_resnet'),
     ([*TWO, '--initial-checkpoint', '{tmp}/nowhere.pth'], 'cannot make test_resnet'),
-    ([*TWO, '--resume', '{tmp}/nowhere'], 'cannot read'),
+    ([*TWO, '--resume', '{tmp}/nowhere'], 'no run at'),
     ([*TWO, '--opt', 'sgdd'], '--opt sgdd'),
     ([*TWO, '--sched', 'sawtooth'], '--sched sawtooth'),
     ([*TWO, '--aa', 'nonsense'], 'nonsense'),
@@ -244,7 +244,7 @@ TWO = [*DATA, '--num-classes', 2]
     ([*TWO, '--model-kwargs', 'x'], 'NAME=VALUE'),
     ([*TWO, '--seed', '-1'], '--seed must not be negative'),
     ([*TWO, '--mean', '0.5', '0.5'], '--mean and --std do not fit'),
-    ([*TWO, '--smoothing', '1'], '--smoothing 1.0'),
+    ([*TWO, '--smoothing', '1'], '--smoothing must be in [0, 1)'),
     ([*TWO, '--interpolation', 'nonsense'], 'cannot load the'),
     ([*TWO, '--mixsize', 'off', '--model', 'vit_tiny_patch16_224', '--img-size', '100'], 'images of 100x100 px'),
     ([*TWO, '--model', 'convnext_atto', '--img-size', '16'], 'does not take images of'),
@@ -350,7 +350,7 @@ def test_streaming_data_train_with_mixsize_off_only(tmp_path, image_folder, caps
         def set_loader_cfg(self, num_workers=None):
             pass
 
-    monkeypatch.setattr('mixsize_timm.build.create_dataset', lambda name, root, split, **kwargs: Streaming(
+    monkeypatch.setattr('mixsize_timm.loaders.create_dataset', lambda name, root, split, **kwargs: Streaming(
         [DigitsDataset(split)[i] for i in range(32)]))
     options = ['--dataset', 'hfids/streaming', '--num-classes', 10, '-b', 8, '--epochs', 1]
     assert 'use --mixsize off' in error_of(capsys, *options)

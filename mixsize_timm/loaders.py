@@ -1,0 +1,275 @@
+"""The data sets of a run, and its loaders at any size; what cannot work is found here and said in one line."""
+import argparse
+import copy
+import logging
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+from accelerate import Accelerator
+from timm.data import (
+    AugMixDataset,
+    FastCollateMixup,
+    Mixup,
+    NaFlexMixup,
+    create_naflex_loader,
+    resolve_data_config,
+)
+from timm.data.target_transforms import MultiLabelTarget
+from torch import nn
+from torch.utils.data import IterableDataset
+
+from .args import make_regime, mixing, model_dtype
+from .data import MixSizeLoader, create_loader
+from .datasets import DIGITS, check_classes, check_splits, class_names, create_dataset
+from .errors import UsageError, refusing
+from .regime import Regime
+from .regularization import SizeRegularization
+from .sampler import EpochPlan, describe_plan
+from .sizes import SizeProbe, fit_sizes
+
+_logger = logging.getLogger(__name__)
+
+
+def fit_regime(args: argparse.Namespace, model: nn.Module, input_size: Tuple[int, int, int]) -> Optional[Regime]:
+    """The regime asked for, moved to sizes that the model takes; ``None`` for ``--mixsize off``."""
+    regime = make_regime(args, input_size)
+    channels, height, width = input_size
+    if args.naflex_loader:
+        return None
+    takes = SizeProbe(model, channels, (height, width))
+    if regime is None:
+        for size in ((height, width), *((size, size) for size in args.train_img_sizes or ())):
+            if not takes(size):
+                raise UsageError(f'{args.model} does not take images of {size[0]}x{size[1]} px: {takes.reason}')
+        return None
+    try:
+        regime, moved = fit_sizes(regime, takes)
+    except ValueError as error:
+        reason = '' if takes(regime.base_size) else f' ({takes.reason})'
+        raise UsageError(f'{args.model}: {error}{reason}') from error
+    for old, new in moved.items():
+        _logger.warning('%s does not take %d px: trained at %d px instead', args.model, old, new)
+    return regime
+
+
+class Data:
+    """The data sets of a run, and its loaders at any size.
+
+    Args:
+        args: The arguments.
+        model: Tells the number of classes and the preprocessing.
+        accelerator: Owns devices and processes.
+    """
+
+    def __init__(self, args: argparse.Namespace, model: nn.Module, accelerator: Accelerator) -> None:
+        self.args = args
+        self.accelerator = accelerator
+        with refusing('--input-size, --mean and --std do not fit'):
+            self.config = resolve_data_config(vars(args), model=model)
+        self.channels, *self.height_width = self.config['input_size']
+        self.base_size: int = self.config['input_size'][-1]
+        self.regime = fit_regime(args, model, self.config['input_size'])
+        self.patch_size = getattr(model, 'get_patch_size', lambda: (16, 16))()  # timm's default
+        self.train, self.validation = self._create_datasets(args.num_classes)
+        self.mixup_fn: Optional[Mixup] = None  # for batches that no loader mixes
+        self.loader = self._train_loader()
+        self._validation_loaders: Dict[int, Any] = {}
+        if self.validation is not None:
+            with refusing('cannot load the validation images'):
+                self.validation_loader(self.base_size)
+        self.mean_batch: float = args.batch_size  # per process, what learning rates are scaled to; not MixSize's
+        if args.train_img_sizes:
+            self.mean_batch = self.loader.batch_sampler.average_batch_size
+        self.num_steps = self.start_epoch(0).num_steps  # of every epoch
+
+    @property
+    def num_shapes(self) -> int:
+        """Shapes of batch that training has on this process, where that is known."""
+        plan = self.start_epoch(0)
+        return max(len(set(zip(plan.size, plan.batch * plan.duplicates))), len(self.args.train_img_sizes or ()))
+
+    @property
+    def decreasing_metric(self) -> bool:
+        """Whether a lower metric is better: one of loss, which it is too where nothing is validated."""
+        return self.validation is None or self.args.eval_metric == 'loss'
+
+    def start_epoch(self, epoch: int) -> EpochPlan:
+        """Turn the training loader to an epoch, and give its plan."""
+        args = self.args
+        if self.mixup_fn is not None and args.mixup_off_epoch:
+            self.mixup_fn.mixup_enabled = epoch < args.mixup_off_epoch
+        if mixing(args) and args.mixup_off_epoch and not args.no_prefetcher:  # timm's prefetcher or ours
+            self.loader.mixup_enabled = epoch < args.mixup_off_epoch
+        if isinstance(self.loader, MixSizeLoader):
+            self.loader.set_epoch(epoch)
+            return self.loader.batch_sampler.plan
+        for part in ('dataset', 'batch_sampler', 'sampler'):  # timm's, of whichever kind
+            set_epoch: Any = getattr(getattr(self.loader, part, None), 'set_epoch', None)
+            if set_epoch is not None:
+                set_epoch(epoch)
+        return EpochPlan.of_loader(len(self.loader), self.base_size, args.batch_size * self.accelerator.num_processes,
+                                   args.grad_accum_steps, epoch)
+
+    def validation_loader(self, size: int) -> Any:
+        """timm's loader of the validation images at one size; that of the base size keeps its workers."""
+        if size not in self._validation_loaders:
+            args = self.args
+            options: Dict[str, Any] = dict(
+                interpolation=self.config['interpolation'], crop_pct=self.config['crop_pct'], is_training=False,
+                persistent_workers=size == self.base_size)
+            if args.naflex_loader:
+                options.update(patch_size=self.patch_size, max_seq_len=args.naflex_max_seq_len)
+            if self.accelerator.num_processes > 1 and args.dataset.startswith(('tfds', 'wds')):
+                options['num_workers'] = min(2, args.workers)  # fewer images are padded, as in timm's script
+            self._validation_loaders[size] = self._loader(
+                self.validation, size, args.validation_batch_size or args.batch_size, **options)
+        return self._validation_loaders[size]
+
+    def calibration_loader(self, size: int) -> Any:
+        """Training images at one size in equal batches, augmented as in training.
+
+        The same ones each time; only data that streams, or images that are not square, are drawn by timm's loader.
+        """
+        planned = {}
+        if not isinstance(self.train, IterableDataset) and self.height_width == [self.base_size] * 2:
+            planned = dict(regime=Regime.fixed(size, batch_size=self.args.batch_size), seed=self.args.seed)
+        augmentation = self._augmentation()
+        if self.regime is not None:
+            regularization = SizeRegularization(self.args.mixsize_reg, self.base_size)
+            augmentation.update(regularization.augmentation(
+                size, augmentation['auto_augment'], augmentation['color_jitter']))
+        return self._loader(self.train, size, self.args.batch_size, persistent_workers=False, **planned,
+                            **augmentation)
+
+    def describe(self) -> None:
+        """Log what is trained on, and at which sizes."""
+        if self.args.dataset == DIGITS:
+            _logger.info('Training on the embedded digits, scans of 8x8 px from scikit-learn: name your own images '
+                         'with --data-dir or --dataset')
+        names = class_names(self.train)
+        _logger.info('%d training and %d validation images%s, base size %s px, base batch %d, %d steps an epoch',
+                     len(self.train), len(self.validation or ()), f' of {len(names)} classes' if names else '',
+                     self.base_size, self.args.batch_size * self.accelerator.num_processes, self.num_steps)
+        if self.args.train_img_sizes:
+            _logger.info("timm's scheduled sizes %s px, batches %s a process", self.args.train_img_sizes,
+                         self.loader.batch_sampler.batch_sizes)
+        if self.args.naflex_loader:
+            _logger.info("timm's NaFlex loader, sequences of %s patches", self.args.naflex_train_seq_lens)
+        if names and len(names) < self.args.num_classes:
+            _logger.warning('The model has %d classes: --num-classes %d would do', self.args.num_classes, len(names))
+        if self.regime is None:
+            return
+        regime, processes = self.regime, self.accelerator.num_processes
+        table, warnings = describe_plan(regime, len(self.train), processes, self.args.mixsize_drop)
+        _logger.info('MixSize %s, base duplicates %d\n%s', regime.adapt, regime.duplicates, table)
+        if regime.batch_multiple > 1:
+            _logger.info('mixup and cutmix mix pairs: every batch is rounded to an even number')
+        for line in warnings:
+            _logger.warning(line)
+
+    def _create_datasets(self, num_classes: int) -> Tuple[Any, Any]:
+        args = self.args
+        options: Dict[str, Any] = dict(
+            class_map=args.class_map, download=args.dataset_download, batch_size=args.batch_size, seed=args.seed,
+            input_img_mode=args.input_img_mode or ('RGB' if self.channels == 3 else 'L'), input_key=args.input_key,
+            target_key=args.target_key, trust_remote_code=args.dataset_trust_remote_code)
+        if args.task == 'multilabel':
+            dense = args.target_format == 'multihot' or ',' in (args.target_key or '')
+            options['target_transform'] = MultiLabelTarget(num_classes, dense=dense)
+            options['target_format'] = 'multihot' if args.target_format == 'multihot' else None
+        with refusing():
+            train = create_dataset(args.dataset, args.data_dir, args.train_split, is_training=True,
+                                   num_samples=args.train_num_samples, repeats=args.epoch_repeats, **options)
+            if args.epoch_repeats and not isinstance(train, IterableDataset):
+                raise ValueError('--epoch-repeats is for data that streams: raise --epochs')
+            validation = None
+            if args.val_split:
+                validation = create_dataset(args.dataset, args.data_dir, args.val_split,
+                                            num_samples=args.val_num_samples, **options)
+                if args.val_split != args.train_split:
+                    check_splits(train, validation, args.val_split)
+            check_classes(train, validation, num_classes)
+        return train, validation
+
+    def _train_loader(self) -> Any:
+        args = self.args
+        if self.regime is not None and isinstance(self.train, IterableDataset):
+            raise UsageError('MixSize needs a data set with random access, and this one streams: use --mixsize off')
+        options = {**self._mixup(), **self._planned()}
+        dataset = self.train
+        if args.aug_splits:
+            dataset = AugMixDataset(copy.copy(dataset), num_splits=args.aug_splits)
+        with refusing('cannot load the training images'):
+            loader = self._loader(dataset, self.base_size, args.batch_size, **options, **self._augmentation())
+        if not len(loader):
+            raise UsageError(f'{len(self.train)} training images fill no batch: lower --batch-size')
+        return loader
+
+    def _mixup(self) -> Dict[str, Any]:
+        """The loader's argument that mixes batches; without timm's prefetcher :attr:`mixup_fn` does."""
+        args = self.args
+        if not mixing(args):
+            return {}
+        if self.regime is None and args.batch_size % 2 and not args.naflex_loader:
+            raise UsageError(f'mixup and cutmix want an even --batch-size, not {args.batch_size}')
+        options = dict(
+            mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob, label_smoothing=args.smoothing, num_classes=args.num_classes,
+            multi_label=args.task == 'multilabel')
+        if args.naflex_loader:
+            return dict(mixup_fn=NaFlexMixup(**options))
+        with refusing('mixup'):
+            options.update(mode=args.mixup_mode, cutmix_minmax=args.cutmix_minmax)
+            if not args.no_prefetcher:
+                return dict(collate_fn=FastCollateMixup(**options))
+            self.mixup_fn = Mixup(**options)
+        return {}
+
+    def _planned(self) -> Dict[str, Any]:
+        """The training loader's arguments on what a batch is: a regime's, timm's scheduled sizes', NaFlex's."""
+        args = self.args
+        if self.regime is not None:
+            return dict(regime=self.regime, seed=args.seed, grad_accum_steps=args.grad_accum_steps,
+                        drop=args.mixsize_drop, size_reg=args.mixsize_reg)
+        repeats = dict(num_aug_repeats=args.aug_repeats, num_aug_splits=args.aug_splits)
+        if args.naflex_loader:
+            patches = (dict(patch_size_choices=args.naflex_patch_sizes,
+                            patch_size_choice_probs=args.naflex_patch_size_probs)
+                       if args.naflex_patch_sizes else dict(patch_size=self.patch_size))
+            return dict(train_seq_lens=args.naflex_train_seq_lens, rank=self.accelerator.process_index,
+                        world_size=self.accelerator.num_processes, **repeats, **patches)
+        if args.train_img_sizes:
+            progressive = args.train_size_schedule == 'progressive'
+            repeats.update(
+                input_size_choices=args.train_img_sizes, batch_size_choices=args.train_batch_sizes,
+                batch_choice_weights=args.train_size_probs, batch_choice_seed=args.seed,
+                batch_choice_schedule=args.train_size_schedule,
+                batch_schedule_epochs=args.epochs if progressive else None,
+                batch_schedule_spread=args.train_size_schedule_spread,
+                batch_schedule_random_mix=args.train_size_random_mix, num_batches=args.train_batches_per_epoch)
+        return dict(use_multi_epochs_loader=args.use_multi_epochs_loader, **repeats)
+
+    def _loader(self, dataset: Any, size: int, batch_size: int, **kwargs: Any) -> Any:
+        """A loader at one base size with what all loaders of the run share."""
+        args = self.args
+        height_width = self.height_width if size == self.base_size else (size, size)
+        shared: Dict[str, Any] = dict(
+            batch_size=batch_size, mean=self.config['mean'], std=self.config['std'], num_workers=args.workers,
+            pin_memory=args.pin_mem, device=self.accelerator.device, use_prefetcher=not args.no_prefetcher,
+            img_dtype=model_dtype(args) or torch.float32, distributed=self.accelerator.num_processes > 1)
+        shared.update(kwargs)
+        if args.naflex_loader:
+            return create_naflex_loader(copy.copy(dataset), channels=self.channels,
+                                        patchify_channels_last=not args.naflex_patchify_channels_first, **shared)
+        return create_loader(copy.copy(dataset), (self.channels, *height_width), **shared)
+
+    def _augmentation(self) -> Dict[str, Any]:
+        args = self.args
+        own = self.config['interpolation']
+        return dict(
+            is_training=True, no_aug=args.no_aug, re_prob=args.reprob, re_mode=args.remode, re_count=args.recount,
+            re_split=args.resplit, train_crop_mode=args.train_crop_mode, scale=args.scale, ratio=args.ratio,
+            hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter,
+            color_jitter_prob=args.color_jitter_prob,
+            grayscale_prob=args.grayscale_prob, gaussian_blur_prob=args.gaussian_blur_prob, auto_augment=args.aa,
+            interpolation=own if args.no_aug else args.train_interpolation or own, worker_seeding=args.worker_seeding)
