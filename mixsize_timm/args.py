@@ -173,7 +173,7 @@ _OFF_ONLY = {
 def _resolve(args: argparse.Namespace, given: argparse.Namespace) -> None:
     """Give the arguments that say the same in several ways one form; ``given`` is what the command line alone says."""
     args.data_dir = given.data_dir or given.data or args.data_dir or args.data
-    if args.amp:
+    if args.amp and not (given.mixed_precision and not given.amp):  # the command line wins over a file
         wanted = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype]
         if args.mixed_precision not in (None, wanted):
             raise UsageError(f'--amp with {args.amp_dtype} contradicts --mixed-precision {args.mixed_precision}')

@@ -28,6 +28,7 @@ from torch import nn
 from .args import mixing, model_dtype
 from .errors import UsageError, refusing
 from .loaders import Data
+from .sizes import SizeProbe
 
 _logger = logging.getLogger(__name__)
 
@@ -111,18 +112,12 @@ def _init_head(args: argparse.Namespace, model: Any) -> None:
         nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
 
 
-def create_task(args: argparse.Namespace, model: nn.Module, accelerator: Accelerator, num_shapes: int = 1
+def create_task(args: argparse.Namespace, model: nn.Module, accelerator: Accelerator, data: Data
                 ) -> Tuple[TrainingTask, Any]:
     """timm's task around the prepared model, and the optimizer.
 
     Neither the loader nor the schedule is Accelerate's to prepare: it would deal the batches of one size out to
     different processes, and step the schedule once for each.
-
-    Args:
-        args: The arguments.
-        model: timm's model.
-        accelerator: Owns devices and processes.
-        num_shapes: Shapes of batch that an epoch trains, each a graph where the model is compiled.
     """
     model.to(device=accelerator.device, dtype=model_dtype(args))
     if args.split_bn:
@@ -139,7 +134,7 @@ def create_task(args: argparse.Namespace, model: nn.Module, accelerator: Acceler
         options['criterion_kwargs'] = _criterion(args)
         create_classification_loss(multi_label=args.task == 'multilabel', **options['criterion_kwargs'])
     if args.kd_model_name:
-        task = _create_distillation(args, model, options)
+        task = _create_distillation(args, model, data, options)
     elif args.task == 'multilabel':
         with refusing('--multilabel-threshold'):
             task = MultiLabelClassificationTask(model, threshold=args.multilabel_threshold, **options)
@@ -152,7 +147,7 @@ def create_task(args: argparse.Namespace, model: nn.Module, accelerator: Acceler
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup,
                        device=torch.device('cpu') if args.model_ema_force_cpu else None)
     if args.torchcompile:
-        _compile(args, task, num_shapes)
+        _compile(args, task, data.num_shapes)
     task.trainable_module, optimizer = accelerator.prepare(task.get_trainable_module(), optimizer)
     return task, optimizer
 
@@ -175,18 +170,25 @@ def _criterion(args: argparse.Namespace) -> Dict[str, Any]:
     return options
 
 
-def _create_distillation(args: argparse.Namespace, model: nn.Module, options: Dict[str, Any]) -> TrainingTask:
-    weights = dict(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
+def _create_distillation(args: argparse.Namespace, model: nn.Module, data: Data, options: Dict[str, Any]
+                         ) -> TrainingTask:
+    options.update(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
     with refusing(f'--kd-model-name {args.kd_model_name}'):
         if args.kd_distill_type == 'feature':
-            return FeatureDistillationTask(
+            task: Any = FeatureDistillationTask(
                 model, args.kd_model_name, student_feature_dim=args.kd_student_feature_dim,
-                teacher_feature_dim=args.kd_teacher_feature_dim, **weights, **options)
-        if args.kd_distill_type == 'token':
-            return TokenDistillationTask(model, args.kd_model_name, distill_type=args.kd_token_distill_type,
-                                         temperature=args.kd_temperature, **weights, **options)
-        return LogitDistillationTask(model, args.kd_model_name, loss_type=args.kd_loss_type,
-                                     temperature=args.kd_temperature, **weights, **options)
+                teacher_feature_dim=args.kd_teacher_feature_dim, **options)
+        elif args.kd_distill_type == 'token':
+            task = TokenDistillationTask(model, args.kd_model_name, distill_type=args.kd_token_distill_type,
+                                         temperature=args.kd_temperature, **options)
+        else:
+            task = LogitDistillationTask(model, args.kd_model_name, loss_type=args.kd_loss_type,
+                                         temperature=args.kd_temperature, **options)
+    takes = SizeProbe(task.teacher.model, data.channels, data.sizes[0])
+    for size in data.sizes:
+        if not takes(size):
+            raise UsageError(f'the teacher does not take images of {size} px: {takes.reason}')
+    return task
 
 
 def _compile(args: argparse.Namespace, task: TrainingTask, num_shapes: int) -> None:

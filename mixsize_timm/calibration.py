@@ -44,7 +44,7 @@ def calibrate(model: nn.Module, loader: Iterable[Any], num_batches: Optional[int
         raise ValueError(f'num_batches must be at least 1, not {num_batches}')
     model = copy.deepcopy(model).eval()
     layers = calibrated_layers(model)
-    _warn_of_unserved(model)
+    warn_of_unserved(model)
     if not layers:
         return model
     momenta = [layer.momentum for layer in layers]
@@ -84,7 +84,8 @@ def _frozen(layer: _BatchNorm) -> bool:
     return layer.momentum == 0 or (bool(affine) and not any(p.requires_grad for p in affine))
 
 
-def _warn_of_unserved(model: nn.Module) -> None:
+def warn_of_unserved(model: nn.Module) -> None:
+    """Name the layers with running statistics that :func:`calibrate` cannot serve."""
     # timm's and torchvision's FrozenBatchNorm2d are frozen by what they are
     unserved: List[str] = [
         f'{name} ({type(m).__name__})' for name, m in model.named_modules()

@@ -83,6 +83,11 @@ class Data:
         self.num_steps = self.start_epoch(0).num_steps  # of every epoch
 
     @property
+    def sizes(self) -> Tuple[int, ...]:
+        """Image sizes in training, in pixels; of images that are not square the width."""
+        return tuple(self.regime.sizes if self.regime else self.args.train_img_sizes or (self.base_size,))
+
+    @property
     def num_shapes(self) -> int:
         """Shapes of batch that training has on this process, where that is known."""
         plan = self.start_epoch(0)

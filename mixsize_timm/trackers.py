@@ -10,7 +10,7 @@ def open_trackers(args: argparse.Namespace, accelerator: Accelerator, folder: st
     """Start the trackers that the arguments ask for, in a run's folder and with its arguments."""
     if not accelerator.log_with:
         return
-    accelerator.project_configuration.set_directories(folder)
+    accelerator.project_configuration.logging_dir = folder
     wandb: Dict[str, Any] = dict(name=os.path.basename(folder), tags=args.wandb_tags)
     if args.wandb_resume_id:
         wandb.update(id=args.wandb_resume_id, resume='must')

@@ -20,7 +20,7 @@ from torch import nn
 
 from .args import ARGS_FILE, model_dtype, output_folder, parse_args
 from .build import create_accelerator, create_batch_scale, create_model, create_schedule, create_task, scale_lr
-from .calibration import calibrate, calibrated_layers
+from .calibration import calibrate, calibrated_layers, warn_of_unserved
 from .checkpoint import (
     LAST,
     CheckpointHistory,
@@ -79,7 +79,7 @@ class Training:
         self.data = Data(args, model, self.accelerator)
         self.data.describe()
         args.lr = scale_lr(args, self.data, self.accelerator.num_processes)
-        self.task, self.optimizer = create_task(args, model, self.accelerator, self.data.num_shapes)
+        self.task, self.optimizer = create_task(args, model, self.accelerator, self.data)
         self.smoother = GradientSmoother(args.grad_smoothing_momentum) if args.grad_smoothing else None
         self.regularization = None
         if args.mixsize_reg and self.data.regime is not None:
@@ -203,12 +203,15 @@ class Training:
         if self.data.validation is None:
             _logger.info('No validation split, so no accuracy is reported; the run is in %s', self.folder)
             return
+        calibrated = bool(self.args.calibrate and calibrated_layers(self.model))
+        if self.args.calibrate and not calibrated:
+            warn_of_unserved(self.model)
         results = self.measure(self.data.regime.sizes if self.data.regime else (self.data.base_size,))
         if self.accelerator.is_main_process:
             regime = self.data.regime.to_dict() if self.data.regime else None
             _write_text(os.path.join(self.folder, SIZES_FILE),
                         json.dumps({'results': results, 'regime': regime}, indent=2) + '\n')
-            print(_sizes_table(results, self.args.eval_metric, bool(self.args.calibrate)))
+            print(_sizes_table(results, self.args.eval_metric, calibrated))
             print(f'\nThe run is in {self.folder}')
         log_sizes(self.accelerator, results, self.stop_epoch * self.data.num_steps + 1)
 

@@ -1,7 +1,10 @@
 """The command line: defaults, the recipe, configuration files, regimes, and what is refused."""
+from pathlib import Path
+
 import pytest
 import yaml
 
+from mixsize_timm import train
 from mixsize_timm.args import make_regime, parse_args
 from mixsize_timm.errors import UsageError
 from mixsize_timm.parser import build_parser
@@ -144,3 +147,43 @@ def test_help_fits_a_terminal(monkeypatch):
     monkeypatch.setenv('COLUMNS', '80')
     lines = build_parser().format_help().splitlines()
     assert max(map(len, lines)) <= 80 and 'MixSize:' in lines
+
+
+CONFIGS = Path(__file__).parent / 'configs'
+TINY = ['--model', 'test_resnet', '--img-size', '32', '--num-classes', '2', '-b', '8', '--epochs', '1',
+        '--warmup-epochs', '0', '--cooldown-epochs', '0', '-j', '0', '--mixsize-sizes', '24', '32']
+
+
+@pytest.mark.parametrize('name, landed', [
+    ('timm_script', dict(opt='adamw', clip_grad=1., sched_on_updates=True, model_ema=True, aa='rand-m5-inc1')),
+    ('resnet_strikes_back_a2', dict(lr=5e-3, loss='bce', bce_target_thresh=0.2, smoothing=0., mixsize_duplicates=3,
+                                    drop_path=0.05, warmup_lr=1e-6, mixed_precision='fp16')),
+    ('older_script', dict(lr=0.048, decay_rate=0.97, drop_path=0.2, lr_noise=[0.42, 0.9], opt='rmsproptf', tta=0)),
+])
+def test_a_file_of_a_timm_user_loads_and_runs(tmp_path, image_folder, caplog, name, landed):
+    config = ['--config', str(CONFIGS / f'{name}.yaml')]
+    assert landed.items() <= vars(parse_args([*config, '--data-dir', 'x'])).items()
+    unknown = [record.message for record in caplog.records if 'Unknown argument' in record.message]
+    assert len(unknown) == (6 if name == 'older_script' else 0)
+    run = [*config, *TINY, '--data-dir', str(image_folder), '--output', str(tmp_path), '--experiment', name]
+    assert train.main([*run, '--mixed-precision', 'no']) == 0  # one of them asks for fp16, which wants a GPU
+    assert (tmp_path / name / 'best' / 'model.safetensors').exists()
+
+
+@pytest.mark.parametrize('line, message', [
+    ('lr: fast', "lr must be a number, not 'fast'"), ('input_size: 224', 'input_size must be 3 values, not 224'),
+    ('decay_milestones: [1, x]', "decay_milestones must be a whole number, not 'x'"), ('amp: 3', 'amp must be true or'),
+    ('model_kwargs: 3', 'model_kwargs must be a mapping'), ('epochs: [1, 2]', 'epochs must be 1 value, not [1, 2]'),
+    ('epochs: 2.5', 'epochs must be a whole number'), ('train_size_schedule: nope', 'must be one of constant, prog'),
+])
+def test_a_value_of_the_wrong_kind_in_a_file_is_refused(tmp_path, line, message):
+    (tmp_path / 'c.yaml').write_text(line)
+    with pytest.raises(UsageError) as error:
+        parse_args(['-c', str(tmp_path / 'c.yaml')])
+    assert message in str(error.value)
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
+    (tmp_path / 'c.yaml').write_text("lr: 3e-4\nepochs: '10'\nmean: ['0.5', 0.4, '0.3']\ntorchcompile: true\n")
+    args = parse_args(['-c', str(tmp_path / 'c.yaml')])
+    assert (args.lr, args.epochs, args.mean, args.torchcompile) == (3e-4, 10, [0.5, 0.4, 0.3], 'inductor')

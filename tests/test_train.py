@@ -200,13 +200,6 @@ def test_a_broken_image_does_not_stop_a_run(tmp_path, image_folder, caplog):
     assert 'cat/001.jpg' in caplog.text
 
 
-def test_wandb_is_logged_offline(tmp_path, image_folder, monkeypatch):
-    monkeypatch.setenv('WANDB_MODE', 'offline')
-    monkeypatch.chdir(tmp_path)
-    folder_run(tmp_path, image_folder, '--epochs', 1, '--log-wandb', '--wandb-project', 'p', '--wandb-tags', 'a')
-    assert list((tmp_path / 'wandb').glob('offline-run-*/*.wandb'))
-
-
 def error_of(capsys, *argv):
     capsys.readouterr()
     assert train.main([*TINY, *map(str, argv)]) == 2

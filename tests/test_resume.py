@@ -1,0 +1,191 @@
+"""Checkpoints of a run: kept, ranked, resumed in place or elsewhere; timm's own are read too."""
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+from timm.utils import CheckpointSaver
+
+from mixsize_timm import train
+from mixsize_timm.checkpoint import CheckpointHistory, copy_checkpoint, run_folder, save_checkpoint
+
+TINY = ['--model', 'test_resnet', '-j', '0', '-b', '8', '--opt', 'sgd', '--lr', '0.05', '--warmup-epochs', '0',
+        '--img-size', '32', '--num-classes', '2', '--mixsize-sizes', '24', '32']
+
+
+@pytest.fixture
+def tiny(image_folder):
+    """Arguments of a run of three steps an epoch."""
+    return [*TINY, '--data-dir', str(image_folder)]
+
+
+@pytest.fixture
+def run(tmp_path, tiny):
+    def run(*argv, name='run'):
+        assert train.main([*tiny, '--output', str(tmp_path), '--experiment', name, *map(str, argv)]) == 0
+        return tmp_path / name
+    return run
+
+
+def epochs_of(folder):
+    return [line.split(',')[0] for line in (folder / 'summary.csv').read_text().splitlines()[1:]]
+
+
+def finished_epochs(folder):
+    return json.loads((folder / 'state.json').read_text())['__items__'][0][1]
+
+
+def same(a, b, file='model.safetensors'):
+    a, b = load_file(a / file), load_file(b / file)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_stopped_run_goes_on_with_auto_as_if_it_had_not_stopped(tmp_path, run):
+    options = ['--epochs', 4, '--checkpoint-hist', 2, '--model-ema', '--model-ema-decay', 0.5]
+    straight = run(*options, name='straight')
+    first = run(*options, '--resume', 'auto', '--stop-epoch', 2)
+    assert epochs_of(first) == ['0', '1'] and finished_epochs(first / 'last') == 2
+    assert run(*options, '--resume', 'auto') == first
+    assert epochs_of(first) == ['0', '1', '2', '3']
+    for file in ('model.safetensors', 'model_ema.safetensors'):
+        assert same(straight / 'last', first / 'last', file) and same(straight / 'best', first / 'best', file)
+    assert (straight / 'summary.csv').read_text() == (first / 'summary.csv').read_text()
+    kept = {path.name for path in first.glob('checkpoint-*')}
+    assert len(kept) == 2 and kept == {path.name for path in straight.glob('checkpoint-*')}
+    before = (first / 'summary.csv').read_text()
+    run(*options, '--resume', 'auto')  # finished: nothing changes
+    assert (first / 'summary.csv').read_text() == before
+
+
+def test_milestones_are_kept_and_validated_although_the_interval_would_pass_over(run):
+    folder = run('--epochs', 4, '--stop-epoch', 3, '--val-interval', 4, '--save-epochs', 1, 2)
+    assert epochs_of(folder) == ['0', '1', '2']
+    assert [finished_epochs(folder / f'milestone-{n}') for n in (1, 2)] == [1, 2]
+    assert finished_epochs(folder / 'last') == 3
+
+
+def test_an_older_checkpoint_is_continued_elsewhere(tmp_path, run):
+    straight = run('--epochs', 2, '--save-epochs', 1)
+    branch = tmp_path / 'branch'
+    assert train.main(['--resume', str(straight / 'milestone-1'), '--output', str(tmp_path), '--experiment', 'branch']
+                      ) == 0
+    assert same(straight / 'last', branch / 'last') and epochs_of(branch) == ['1']
+    assert epochs_of(straight) == ['0', '1']
+    shutil.rmtree(branch)
+    assert train.main(
+        ['--resume', str(straight / 'milestone-1'), '--output', str(tmp_path), '--experiment', 'run']) == 2
+    assert finished_epochs(straight / 'last') == 2
+
+
+def test_a_recovery_checkpoint_trains_its_epoch_again_in_place(tmp_path, tiny, monkeypatch):
+    original = train.Training._finish_epoch
+
+    def stop_in_the_second(self, epoch, metrics):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        original(self, epoch, metrics)
+
+    monkeypatch.setattr(train.Training, '_finish_epoch', stop_in_the_second)
+    argv = [*tiny, '--epochs', '2', '--recovery-interval', '2', '--output', str(tmp_path), '--experiment', 'run']
+    assert train.main(argv) == 130
+    monkeypatch.setattr(train.Training, '_finish_epoch', original)
+    folder = tmp_path / 'run'
+    assert finished_epochs(folder / 'recovery') == 1 and not same(folder / 'recovery', folder / 'last')
+    assert train.main(['--resume', str(folder / 'recovery')]) == 0
+    assert epochs_of(folder) == ['0', '1'] and finished_epochs(folder / 'last') == 2
+
+
+def test_without_the_optimizer_only_weights_and_epoch_are_resumed(tmp_path, run):
+    folder = run('--epochs', 2, '--stop-epoch', 1)
+    straight, fresh = (train.Training(train.parse_args(['--resume', str(folder), *extra]))
+                       for extra in ([], ['--no-resume-opt']))
+    assert straight.start_epoch == fresh.start_epoch == 1
+    for a, b in zip(straight.model.state_dict().values(), fresh.model.state_dict().values()):
+        assert torch.equal(a, b)
+    assert straight.optimizer.state_dict()['state'] and not fresh.optimizer.state_dict()['state']
+    assert straight.smoother.state_dict() != fresh.smoother.state_dict()
+
+
+def test_the_projection_of_feature_distillation_is_resumed(tmp_path, run):
+    teacher = timm.create_model('test_efficientnet', num_classes=2)
+    save_for_hf(teacher, str(tmp_path / 'teacher'), safe_serialization=True)
+    options = ['--epochs', 2, '--kd-model-name', f'local-dir:{tmp_path / "teacher"}',
+               '--kd-distill-type', 'feature', '--model-ema', '--model-ema-decay', 0.5]
+    straight = run(*options, name='straight')
+    stopped = run(*options, '--stop-epoch', 1)
+    assert train.main(['--resume', str(stopped)]) == 0
+    assert same(straight / 'last', stopped / 'last') and same(straight / 'last', stopped / 'last', 'state.safetensors')
+
+
+def test_a_checkpoint_of_timms_script_is_resumed(tmp_path, tiny):
+    torch.manual_seed(1)
+    other = train.Training(train.parse_args([*tiny, '--model-ema']))
+    loss = other.task(torch.randn(4, 3, 32, 32), torch.arange(4) % 2)['loss']
+    loss.backward()
+    other.optimizer.step()
+    other.task.update_ema(step=5)
+    saver = CheckpointSaver(other.model, other.optimizer, task=other.task, args=other.args,
+                            checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+    saver.save_checkpoint(2, 50.)
+    resumed = train.Training(train.parse_args(
+        [*tiny, '--model-ema', '--resume', str(tmp_path / 'last.pth.tar')]))
+    assert resumed.start_epoch == 3
+    for ours, timms in ((resumed.model, other.model), (resumed.ema, other.ema)):
+        assert all(map(torch.equal, ours.state_dict().values(), timms.state_dict().values()))
+    momentum = [s['momentum_buffer'] for s in resumed.optimizer.state_dict()['state'].values()]
+    assert momentum and all(map(torch.equal, momentum, (
+        s['momentum_buffer'] for s in other.optimizer.state_dict()['state'].values())))
+
+
+def test_what_is_no_checkpoint_of_timms_is_refused_in_one_line(tmp_path, tiny, capsys):
+    (tmp_path / 'bad.pth.tar').write_bytes(b'no')
+    assert train.main([*tiny, '--resume', str(tmp_path / 'bad.pth.tar')]) == 2
+    assert 'cannot resume' in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@given(metrics=st.lists(st.sampled_from([1., 2., 3., 4., 5.]), min_size=1, max_size=12), limit=st.integers(1, 4))
+def test_the_history_is_timms(metrics, limit):
+    saver = CheckpointSaver.__new__(CheckpointSaver)  # its ranking alone, without files
+    saver.checkpoint_files, saver.decreasing, saver.max_history = [], False, limit
+    saver.best_metric, saver.checkpoint_dir = None, ''
+    history = CheckpointHistory('nowhere', limit)
+    for epoch, metric in enumerate(metrics):
+        history.rank(epoch, metric)
+        saver.checkpoint_files = sorted([*saver.checkpoint_files, (epoch, metric)], key=lambda c: c[1],
+                                        reverse=not saver.decreasing)[:limit]
+        assert history.entries == saver.checkpoint_files
+
+
+def test_a_copy_of_a_checkpoint_outlives_it_and_shares_its_files(tmp_path):
+    model = timm.create_model('test_resnet')
+    save_checkpoint(str(tmp_path / 'last'), model, {'epoch': 1})
+    copy_checkpoint(str(tmp_path / 'last'), str(tmp_path / 'kept'))
+    assert (tmp_path / 'kept' / 'model.safetensors').samefile(tmp_path / 'last' / 'model.safetensors')
+    before = load_file(tmp_path / 'kept' / 'model.safetensors')
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    save_checkpoint(str(tmp_path / 'last'), model, {'epoch': 2})
+    after = load_file(tmp_path / 'kept' / 'model.safetensors')
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not same(tmp_path / 'kept', tmp_path / 'last')
+
+
+def test_the_folder_of_a_run_is_found_from_each_of_its_checkpoints(tmp_path):
+    save_checkpoint(str(tmp_path / 'last'), timm.create_model('test_resnet'))
+    assert run_folder(str(tmp_path / 'last')) == run_folder(str(tmp_path / 'last') + '/') == str(tmp_path)
+    assert run_folder(str(tmp_path)) == str(tmp_path)
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--resume', 'auto'], '--resume auto needs --experiment'),
+    (['--stop-epoch', '9', '--epochs', '3'], '--stop-epoch 9 is behind the last of 3 epochs'),
+    (['--save-epochs', '0'], '--save-epochs counts finished epochs'),
+])
+def test_what_cannot_be_is_said(tiny, argv, message, capsys):
+    assert train.main([*tiny, *argv]) == 2
+    assert message in capsys.readouterr().err

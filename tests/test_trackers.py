@@ -1,0 +1,90 @@
+"""What Weights & Biases and TensorBoard are told, without an account or a network."""
+import csv
+import json
+
+import pytest
+import wandb
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.sdk.wandb_run import Run
+
+from mixsize_timm import train
+
+RUN = ['--model', 'test_resnet', '-j', '0', '-b', '96', '--lr', '0.005', '--epochs', '2', '--log-interval', '5']
+
+
+@pytest.fixture(scope='module')
+def tracked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('tracked')
+    logged, started = [], {}
+    log, init = Run.log, wandb.init
+
+    def recording(self, data, step=None, **kwargs):
+        logged.append(({key: value if isinstance(value, (int, float)) else None for key, value in data.items()}, step))
+        return log(self, data, step=step, **kwargs)
+
+    def starting(**kwargs):
+        started.update({key: kwargs[key] for key in ('project', 'tags', 'name')})
+        return init(**kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('WANDB_MODE', 'offline')
+        patch.setenv('WANDB_SILENT', 'true')
+        patch.chdir(folder)
+        patch.setattr(Run, 'log', recording)
+        patch.setattr(wandb, 'init', starting)
+        assert train.main([*RUN, '--output', str(folder), '--experiment', 'run', '--log-tensorboard', '--log-wandb',
+                           '--wandb-project', 'sizes', '--wandb-tags', 'one', 'two']) == 0
+    (folder / 'logged.json').write_text(json.dumps(logged))
+    (folder / 'init.json').write_text(json.dumps(started))
+    return folder
+
+
+def scalars(folder):
+    events = EventAccumulator(str(next((folder / 'run').rglob('events.*')).parent), size_guidance={'scalars': 0})
+    events.Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()['scalars']}
+
+
+def test_tensorboard_has_every_figure_of_the_summary(tracked):
+    rows = list(csv.DictReader((tracked / 'run' / 'summary.csv').open()))
+    logged = scalars(tracked)
+    for name in rows[0].keys() - {'epoch'}:
+        assert list(logged[name].values()) == pytest.approx([float(row[name]) for row in rows], rel=1e-5), name
+
+
+def test_tensorboard_has_every_step(tracked):
+    logged = scalars(tracked)
+    steps = sorted(logged['size'])
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 20  # the interval is five
+    assert set(logged['size'].values()) == {16, 24, 32, 48}
+    assert {(logged['size'][i], logged['duplicates'][i]) for i in steps} >= {(16, 4), (32, 1)}
+    for name in ('batch', 'step_loss', 'norm', 'smoothed_norm', 'step_lr'):
+        assert sorted(logged[name]) == steps, name
+    assert logged['norm'][1] == logged['smoothed_norm'][1] and logged['norm'][9] != logged['smoothed_norm'][9]
+
+
+def test_tensorboard_has_accuracy_against_size(tracked):
+    results = json.loads((tracked / 'run' / 'sizes.json').read_text())['results']
+    curve = scalars(tracked)['sizes/top1']
+    assert curve == pytest.approx({row['img_size']: row['top1'] for row in results}, rel=1e-5)
+
+
+def test_wandb_has_steps_summary_and_the_table_of_sizes(tracked):
+    logged = json.loads((tracked / 'logged.json').read_text())
+    assert len([row for row, _ in logged if 'norm' in row]) > 20
+    assert {row['size'] for row, _ in logged if 'size' in row} == {16, 24, 32, 48}
+    summary = list(csv.DictReader((tracked / 'run' / 'summary.csv').open()))
+    assert [row['eval_top1'] for row, _ in logged if 'eval_top1' in row] == pytest.approx(
+        [float(row['eval_top1']) for row in summary])
+    steps = [step for _, step in logged]
+    assert steps == sorted(steps) and None not in steps  # wandb drops what goes back
+    assert {'sizes', 'sizes/top1', 'sizes/top1_uncalibrated', 'sizes/loss'} <= logged[-1][0].keys()
+
+
+def test_wandb_keeps_them_offline_with_project_and_tags(tracked):
+    results = json.loads((tracked / 'run' / 'sizes.json').read_text())['results']
+    tables = [json.loads(path.read_text()) for path in (tracked / 'wandb').rglob('sizes_*.table.json')]
+    assert [list(row.values()) for row in results] in [table['data'] for table in tables]
+    assert list((tracked / 'wandb').glob('offline-run-*/*.wandb'))
+    started = json.loads((tracked / 'init.json').read_text())
+    assert started == {'project': 'sizes', 'tags': ['one', 'two'], 'name': 'run'}
