@@ -13,7 +13,7 @@ from timm.loss import CLASS_WEIGHT_METHODS
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from timm.utils import ParseKwargs
 
-from .checkpoint import LAST, holds_checkpoint, run_folder
+from .checkpoint import LAST, RECOVERY, holds_checkpoint, run_folder
 from .datasets import DIGITS
 from .errors import UsageError
 from .parser import build_parser
@@ -67,7 +67,10 @@ def _resume_from(resume: str, output: str, experiment: str) -> str:
     if not experiment:
         raise UsageError('--resume auto needs --experiment, the name of the run\'s folder')
     folder = output_folder(output, experiment)
-    return folder if holds_checkpoint(os.path.join(folder, LAST)) else ''
+    recovery = os.path.join(folder, RECOVERY)
+    if holds_checkpoint(os.path.join(folder, LAST)):
+        return folder
+    return recovery if holds_checkpoint(recovery) else ''
 
 
 def output_folder(output: str, experiment: str) -> str:

@@ -17,6 +17,7 @@ EMA_FILE = 'model_ema.safetensors'
 STATE_FILE = 'state.safetensors'
 STATE_JSON = 'state.json'
 LAST = 'last'  # the checkpoint of a run's folder that the run continues from
+RECOVERY = 'recovery'  # one from inside an epoch
 
 _TENSOR, _TUPLE, _ITEMS = '__tensor__', '__tuple__', '__items__'
 

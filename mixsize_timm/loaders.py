@@ -89,9 +89,11 @@ class Data:
 
     @property
     def num_shapes(self) -> int:
-        """Shapes of batch that training has on this process, where that is known."""
-        plan = self.start_epoch(0)
-        return max(len(set(zip(plan.size, plan.batch * plan.duplicates))), len(self.args.train_img_sizes or ()))
+        """Shapes of batch that training has at most."""
+        args, plan = self.args, self.start_epoch(0)
+        if args.naflex_loader:  # what is left at the end of an epoch makes a shorter batch
+            return 2 * len(args.naflex_train_seq_lens) * len(args.naflex_patch_sizes or (1,))
+        return max(len(set(zip(plan.size, plan.batch * plan.duplicates))), len(args.train_img_sizes or ()))
 
     @property
     def decreasing_metric(self) -> bool:

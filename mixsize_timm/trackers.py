@@ -14,9 +14,11 @@ def open_trackers(args: argparse.Namespace, accelerator: Accelerator, folder: st
     wandb: Dict[str, Any] = dict(name=os.path.basename(folder), tags=args.wandb_tags)
     if args.wandb_resume_id:
         wandb.update(id=args.wandb_resume_id, resume='must')
-    plain = {name: value if isinstance(value, (bool, int, float, str)) else str(value)
-             for name, value in vars(args).items()}  # TensorBoard takes no lists
-    accelerator.init_trackers(args.wandb_project or 'mixsize-timm', config=plain, init_kwargs={'wandb': wandb})
+    config = dict(vars(args))
+    if args.log_tensorboard:  # it takes no lists
+        config = {name: value if isinstance(value, (bool, int, float, str)) else str(value)
+                  for name, value in config.items()}
+    accelerator.init_trackers(args.wandb_project or 'mixsize-timm', config=config, init_kwargs={'wandb': wandb})
 
 
 def log_sizes(accelerator: Accelerator, results: List[Dict[str, float]], step: int) -> None:

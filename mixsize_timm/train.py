@@ -5,7 +5,7 @@ import logging
 import os
 import pickle
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -23,6 +23,7 @@ from .build import create_accelerator, create_batch_scale, create_model, create_
 from .calibration import calibrate, calibrated_layers, warn_of_unserved
 from .checkpoint import (
     LAST,
+    RECOVERY,
     CheckpointHistory,
     copy_checkpoint,
     load_checkpoint,
@@ -128,10 +129,10 @@ class Training:
 
         def recover(step: int) -> None:
             if args.recovery_interval and step % args.recovery_interval == 0:
-                self._save('recovery', self._state(epoch))  # the epoch is trained again
+                self._save(RECOVERY, self._state(epoch))  # the epoch is trained again
 
         plan = self.data.start_epoch(epoch)
-        with _compile_limit():
+        with _compile_limit() if args.torchcompile else nullcontext():
             metrics = train_one_epoch(
                 epoch, self.task, self.data.loader, plan, self.optimizer, accelerator, smoother=self.smoother,
                 lr_scheduler=self.lr_scheduler, mixup_fn=self.data.mixup_fn,
@@ -262,7 +263,7 @@ class Training:
         args = self.args
         run = run_folder(args.resume) if os.path.isdir(args.resume) else ''
         in_place = run and os.path.basename(os.path.normpath(args.resume)) in (
-            os.path.basename(os.path.normpath(run)), LAST, 'recovery')  # not an older checkpoint: later ones would go
+            os.path.basename(os.path.normpath(run)), LAST, RECOVERY)  # not an older checkpoint: later ones would go
         if in_place and not (args.output or args.experiment):
             return run
         name = args.experiment or '-'.join(
@@ -270,7 +271,7 @@ class Training:
         folder = output_folder(args.output, name)
         if in_place and os.path.realpath(folder) == os.path.realpath(run):
             return folder
-        if any(os.path.exists(os.path.join(folder, kept)) for kept in (LAST, LAST + '.old', 'recovery', SIZES_FILE)):
+        if any(os.path.exists(os.path.join(folder, kept)) for kept in (LAST, LAST + '.old', RECOVERY, SIZES_FILE)):
             raise UsageError(f'{folder} already holds a run: choose another --experiment, or --resume {folder}')
         return folder
 

@@ -12,6 +12,7 @@ from timm.models import save_for_hf
 from timm.utils import CheckpointSaver
 
 from mixsize_timm import train
+from mixsize_timm.args import parse_args
 from mixsize_timm.checkpoint import CheckpointHistory, copy_checkpoint, run_folder, save_checkpoint
 
 TINY = ['--model', 'test_resnet', '-j', '0', '-b', '8', '--opt', 'sgd', '--lr', '0.05', '--warmup-epochs', '0',
@@ -95,6 +96,10 @@ def test_a_recovery_checkpoint_trains_its_epoch_again_in_place(tmp_path, tiny, m
     assert train.main(argv) == 130
     monkeypatch.setattr(train.Training, '_finish_epoch', original)
     folder = tmp_path / 'run'
+    shutil.copytree(folder / 'recovery', tmp_path / 'first' / 'recovery')
+    shutil.copy(folder / 'args.yaml', tmp_path / 'first')
+    found = parse_args([*argv, '--experiment', 'first', '--resume', 'auto']).resume
+    assert found == str(tmp_path / 'first' / 'recovery')
     assert finished_epochs(folder / 'recovery') == 1 and not same(folder / 'recovery', folder / 'last')
     assert train.main(['--resume', str(folder / 'recovery')]) == 0
     assert epochs_of(folder) == ['0', '1'] and finished_epochs(folder / 'last') == 2
