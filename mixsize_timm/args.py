@@ -47,6 +47,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
                 stated.get('data'), stated.get('data_dir'), stated.get('dataset', '') not in ('', DIGITS))):
         recipe = {**_recipe('digits'), 'dataset': DIGITS}
         layers.insert(0, recipe)
+    _drop_overridden(layers, given, parser)
     for layer in layers:
         _set_defaults(parser, layer)
     args = parser.parse_args(argv)
@@ -95,6 +96,22 @@ def _read_yaml(path: str) -> Dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f'{path} holds no arguments: expected lines of "name: value"')
     return values
+
+
+# Arguments that say the same in several ways
+_SPELLINGS = (('mixed_precision', 'amp'), ('drop_path', 'drop_connect'), ('loss', 'bce_loss', 'jsd_loss'),
+              ('loss_pos_weight', 'bce_pos_weight'), ('mixsize_duplicates', 'aug_repeats'))
+
+
+def _drop_overridden(layers: List[Dict[str, Any]], given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Leave out of each layer what one above it, or the command line, says under another name."""
+    above = {name for name, value in vars(given).items() if value != parser.get_default(name)}
+    for layer in reversed(layers):
+        stated = {name for name, value in layer.items() if value != parser.get_default(name)}
+        for spellings in _SPELLINGS:
+            for name in set(spellings) - above if above & set(spellings) else ():
+                layer.pop(name, None)
+        above |= stated
 
 
 def _set_defaults(parser: argparse.ArgumentParser, values: Dict[str, Any]) -> None:
@@ -176,7 +193,7 @@ _OFF_ONLY = {
 def _resolve(args: argparse.Namespace, given: argparse.Namespace) -> None:
     """Give the arguments that say the same in several ways one form; ``given`` is what the command line alone says."""
     args.data_dir = given.data_dir or given.data or args.data_dir or args.data
-    if args.amp and not (given.mixed_precision and not given.amp):  # the command line wins over a file
+    if args.amp:
         wanted = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype]
         if args.mixed_precision not in (None, wanted):
             raise UsageError(f'--amp with {args.amp_dtype} contradicts --mixed-precision {args.mixed_precision}')
@@ -202,7 +219,7 @@ def _resolve(args: argparse.Namespace, given: argparse.Namespace) -> None:
     elif given.mixsize is None and (given.mixsize_sizes or (args.mixsize is None and args.mixsize_sizes)):
         args.mixsize = 'custom'
     if args.aug_repeats and args.mixsize != 'off':
-        if args.aug_repeats != int(args.aug_repeats) or args.aug_repeats < 1:
+        if args.aug_repeats != int(args.aug_repeats):
             raise UsageError(f'--aug-repeats must be a whole number, not {args.aug_repeats}')
         if args.mixsize_duplicates not in (1, int(args.aug_repeats)):
             raise UsageError('--aug-repeats means the same as --mixsize-duplicates: give one of them')
@@ -237,11 +254,13 @@ def _check_ranges(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UsageError(f'{_flag(name)} must be at least 1, not {value}')
     for name in ('workers', 'calibrate', 'calibrate_val', 'seed', 'recovery_interval', 'mixsize_reg', 'epoch_repeats',
-                 'aug_repeats'):
-        if getattr(args, name) < 0:
+                 'aug_repeats', 'start_epoch'):
+        if (getattr(args, name) or 0) < 0:
             raise UsageError(f'{_flag(name)} must not be negative, not {getattr(args, name)}')
     if not 0 <= args.grad_smoothing_momentum < 1:
         raise UsageError(f'--grad-smoothing-momentum must be in [0, 1), not {args.grad_smoothing_momentum}')
+    if args.decay_epochs is not None and args.decay_epochs <= 0:
+        raise UsageError(f'--decay-epochs must be above 0, not {args.decay_epochs}')
     if not 0 <= args.smoothing < 1:
         raise UsageError(f'--smoothing must be in [0, 1), not {args.smoothing}')
     if args.tta not in (0, 1, 2):
@@ -274,13 +293,17 @@ def _check_augmentation(args: argparse.Namespace) -> None:
         raise UsageError('--split-bn needs --aug-splits or --resplit')
     if args.split_bn and args.sync_bn:
         raise UsageError('--split-bn and --sync-bn exclude each other')
-    if args.aug_splits and mixing(args) and not args.no_prefetcher:
-        raise UsageError('--aug-splits with mixup or cutmix needs --no-prefetcher')
+    if args.aug_splits and (mixing(args) or args.no_prefetcher):
+        raise UsageError('--aug-splits cannot be had with mixup, cutmix or --no-prefetcher')
     if args.naflex_loader:
         for name in ('aug_splits', 'train_img_sizes', 'use_multi_epochs_loader', 'mixup_off_epoch', 'cutmix_minmax',
-                     'torchscript', 'tta'):
+                     'torchscript', 'tta', 'save_images', 'resplit'):
             if getattr(args, name):
                 raise UsageError(f'--naflex-loader and {_flag(name)} exclude each other')
+    if args.naflex_loader and args.mixup_mode != 'batch':
+        raise UsageError('--naflex-loader mixes by batch: leave out --mixup-mode')
+    if args.use_multi_epochs_loader and args.mixup_off_epoch:
+        raise UsageError('--use-multi-epochs-loader and --mixup-off-epoch exclude each other: its workers mix on')
     if args.train_img_sizes and args.use_multi_epochs_loader:
         raise UsageError('--train-img-sizes and --use-multi-epochs-loader exclude each other')
     for choices, others in (('naflex_patch_sizes', ('naflex_patch_size_probs',)),
@@ -304,6 +327,13 @@ def _check_task(args: argparse.Namespace) -> None:
                                 ('poly_epsilon', 'poly', 2), ('poly_gamma', 'poly', 0)):
         if getattr(args, name) != default and args.loss != loss:
             raise UsageError(f'{_flag(name)} needs --loss {loss}')
+    for name, kinds, unset in (('kd_temperature', ('logit', 'token'), 4), ('kd_token_distill_type', ('token',), 'soft'),
+                               ('kd_student_feature_dim', ('feature',), None),
+                               ('kd_teacher_feature_dim', ('feature',), None)):
+        if getattr(args, name) != unset and args.kd_distill_type not in kinds:
+            raise UsageError(f'{_flag(name)} needs --kd-distill-type {" or ".join(kinds)}')
+    if args.multilabel_threshold != 0.5 and not multi_label:
+        raise UsageError('--multilabel-threshold needs --task multilabel')
     computed = {args.loss_pos_weight, args.loss_class_weight} & set(CLASS_WEIGHT_METHODS)
     if args.class_stats and not (computed or args.loss == 'db'):
         raise UsageError('--class-stats needs --loss db, or a method in --loss-pos-weight or --loss-class-weight')

@@ -10,9 +10,10 @@ import timm
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import patch_environment
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.loss import create_classification_loss, load_class_stats, resolve_class_weights
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import (
     ClassificationTask,
@@ -37,18 +38,22 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     """The Accelerator of the run; on the CPU with all cores, where the launcher would leave one thread a process."""
     if args.local_rank:
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if args.device not in ('cpu', 'cuda'):
-        os.environ['ACCELERATE_TORCH_DEVICE'] = args.device
     trackers = [name for name, wanted in (('wandb', args.log_wandb), ('tensorboard', args.log_tensorboard)) if wanted]
     missing = [name for name in trackers if name not in map(str, get_available_trackers())]
     if missing:
         raise UsageError(f'{missing[0]} is not installed: pip install {missing[0]}, or leave out --log-{missing[0]}')
-    with refusing('Accelerate'):
+    with refusing('--device-modules'):
         for module in args.device_modules or ():
             importlib.import_module(module)
-        accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, cpu=args.device == 'cpu', log_with=trackers or None, project_dir='.',
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)])
+    with refusing(f'--device {args.device}'):
+        torch.zeros(1, device=args.device if args.device != 'cuda' else 'cpu')  # says whether there is one
+    with refusing('Accelerate'):
+        device = {} if args.device in ('cpu', 'cuda') else {'ACCELERATE_TORCH_DEVICE': args.device}
+        with patch_environment(**device):
+            accelerator = Accelerator(
+                mixed_precision=args.mixed_precision, cpu=args.device == 'cpu', log_with=trackers or None,
+                project_dir='.',
+                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)])
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise UsageError(f'{accelerator.distributed_type.value} is not supported: configure Accelerate for plain data '
                          'parallelism')
@@ -105,11 +110,17 @@ def create_model(args: argparse.Namespace) -> nn.Module:
 
 @torch.no_grad()
 def _init_head(args: argparse.Namespace, model: Any) -> None:
-    if args.head_init_scale is not None:
-        model.get_classifier().weight.mul_(args.head_init_scale)
-        model.get_classifier().bias.mul_(args.head_init_scale)
-    if args.head_init_bias is not None:
-        nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
+    if args.head_init_scale is None and args.head_init_bias is None:
+        return
+    heads = model.get_classifier()
+    for head in heads if isinstance(heads, (tuple, list)) else (heads,):
+        if getattr(head, 'weight', None) is None or getattr(head, 'bias', None) is None:
+            raise ValueError('--head-init-scale and --head-init-bias need a classifier with a weight and a bias')
+        if args.head_init_scale is not None:
+            head.weight.mul_(args.head_init_scale)
+            head.bias.mul_(args.head_init_scale)
+        if args.head_init_bias is not None:
+            nn.init.constant_(head.bias, args.head_init_bias)
 
 
 def create_task(args: argparse.Namespace, model: nn.Module, accelerator: Accelerator, data: Data
@@ -142,6 +153,9 @@ def create_task(args: argparse.Namespace, model: nn.Module, accelerator: Acceler
         task = ClassificationTask(model, **options)
     trained: Any = task.get_trainable_module()
     with refusing(f'--opt {args.opt}'):
+        info = get_optimizer_info(args.opt.lower().split('_')[-1])
+        if (args.opt_eps is not None and not info.has_eps) or (args.opt_betas and not info.has_betas):
+            raise ValueError('it has no epsilon or no betas: leave out --opt-eps and --opt-betas')
         optimizer = create_optimizer_v2(trained, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup,

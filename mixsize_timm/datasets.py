@@ -33,6 +33,7 @@ class ReadableDataset(Dataset):
         self.dataset = copy.copy(dataset)
         self.dataset.transform = None
         self.transform: Optional[Callable] = None
+        self._is_timms = isinstance(dataset, timm.data.ImageDataset) and not dataset.load_bytes
 
     def __getitem__(self, index: int) -> Tuple[Any, Any]:
         """The image, transformed where a ``transform`` is set, and its target.
@@ -51,6 +52,11 @@ class ReadableDataset(Dataset):
             raise RuntimeError(
                 f'{self.MAX_UNREADABLE} images in a row cannot be read, the last one {self._name(candidate)}')
         image, target = sample
+        target_transform = getattr(self.dataset, 'target_transform', None) if self._is_timms else None
+        if self._is_timms and target is None:
+            target = -1  # as timm has it
+        elif target_transform is not None:
+            target = target_transform(target)
         return (image if self.transform is None else self.transform(image)), target
 
     def __len__(self) -> int:
@@ -64,21 +70,18 @@ class ReadableDataset(Dataset):
     def _name(self, index: int) -> str:
         """Path of an image where the data set knows it, else its number."""
         try:
-            return str(self.dataset.filename(index, absolute=True))
+            name = self.dataset.filename(index, absolute=True)
         except (AttributeError, TypeError):
-            return f'number {index}'
+            name = None
+        return f'number {index}' if name is None else str(name)
 
     def _decode(self, index: int) -> Tuple[Any, Any]:
         dataset = self.dataset
-        if not isinstance(dataset, timm.data.ImageDataset) or dataset.load_bytes:
+        if not self._is_timms:
             return dataset[index]
         file, target, *_ = dataset.reader[index]
         with Image.open(file) as image:
             decoded = image.convert(dataset.input_img_mode) if dataset.input_img_mode else image.copy()
-        if target is None:
-            target = -1
-        elif dataset.target_transform is not None:
-            target = dataset.target_transform(target)
         return decoded, target
 
 

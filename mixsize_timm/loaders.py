@@ -181,14 +181,15 @@ class Data:
             input_img_mode=args.input_img_mode or ('RGB' if self.channels == 3 else 'L'), input_key=args.input_key,
             target_key=args.target_key, trust_remote_code=args.dataset_trust_remote_code)
         if args.task == 'multilabel':
-            dense = args.target_format == 'multihot' or ',' in (args.target_key or '')
+            dense = args.target_format == 'multihot'
             options['target_transform'] = MultiLabelTarget(num_classes, dense=dense)
-            options['target_format'] = 'multihot' if args.target_format == 'multihot' else None
+            options['target_format'] = args.target_format if dense else None
         with refusing():
             train = create_dataset(args.dataset, args.data_dir, args.train_split, is_training=True,
                                    num_samples=args.train_num_samples, repeats=args.epoch_repeats, **options)
-            if args.epoch_repeats and not isinstance(train, IterableDataset):
-                raise ValueError('--epoch-repeats is for data that streams: raise --epochs')
+            for name in ('epoch_repeats', 'train_num_samples', 'val_num_samples'):
+                if getattr(args, name) and not isinstance(train, IterableDataset):
+                    raise ValueError(f'--{name.replace("_", "-")} is for data that streams: leave it out')
             validation = None
             if args.val_split:
                 validation = create_dataset(args.dataset, args.data_dir, args.val_split,
@@ -228,7 +229,9 @@ class Data:
         with refusing('mixup'):
             options.update(mode=args.mixup_mode, cutmix_minmax=args.cutmix_minmax)
             if not args.no_prefetcher:
-                return dict(collate_fn=FastCollateMixup(**options))
+                # timm's workers would not hear of --mixup-off-epoch if they outlived an epoch
+                return dict(collate_fn=FastCollateMixup(**options),
+                            persistent_workers=self.regime is not None or not args.mixup_off_epoch)
             self.mixup_fn = Mixup(**options)
         return {}
 

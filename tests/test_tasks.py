@@ -104,8 +104,11 @@ def test_jensen_shannon_divergence_over_splits_with_batch_norms_of_their_own(run
 
 @pytest.mark.parametrize('argv, name', [
     (['--bce-loss', '--bce-target-thresh', 0.2, '--mixup', 0.5], 'BinaryCrossEntropy'),
-    (['--loss', 'asl'], 'Asymmetric'), (['--loss', 'poly'], 'PolyCrossEntropy'), (['--mixup', 0.5, '--cutmix', 1], 'SoftTargetCrossEntropy'),
-    (['--smoothing', 0], 'CrossEntropyLoss'), ([], 'LabelSmoothingCrossEntropy'),
+    (['--loss', 'asl'], 'Asymmetric'),
+    (['--loss', 'poly'], 'PolyCrossEntropy'),
+    (['--mixup', 0.5, '--cutmix', 1], 'SoftTargetCrossEntropy'),
+    (['--smoothing', 0], 'CrossEntropyLoss'),
+    ([], 'LabelSmoothingCrossEntropy'),
 ])
 def test_the_loss_is_timms(run, argv, name):
     _, training = run(*argv, '--epochs', 1)
@@ -302,3 +305,37 @@ def test_evaluation_leaves_the_model_as_it_was(run):
     training.measure((24,))
     for state, model in zip(before, (training.model, training.ema)):
         assert all(map(torch.equal, state.values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--opt', 'sgd', '--opt-eps', 1e-3], 'no epsilon or no betas'),
+    (['--model', 'test_vit', '--model-kwargs', 'img_size=32', '--head-init-bias', 0, '--num-classes', 0],
+     'need a classifier'),
+    (['--device', 'nowhere'], '--device nowhere'),
+])
+def test_what_a_model_or_an_optimizer_lacks_is_said(run, options, message):
+    with pytest.raises(UsageError, match=message):
+        run(*options, off=True)
+
+
+def test_each_head_of_a_distilled_model_gets_its_first_bias(run):
+    _, training = run('--model', 'deit_tiny_distilled_patch16_224', '--model-kwargs', 'embed_dim=48', 'depth=1',
+                      'num_heads=2', 'img_size=32', '--head-init-bias', -3, '--lr', 0, '--opt', 'sgd', '--epochs', 1, off=True)
+    assert [set(head.bias.tolist()) for head in training.model.get_classifier()] == [{-3.}, {-3.}]
+
+
+def test_a_label_that_cannot_be_is_an_error_and_not_another_image():
+    from timm.data.target_transforms import MultiLabelTarget
+
+    from mixsize_timm.datasets import ReadableDataset
+
+    class Reader(list):
+        def _filename(self, *args, **kwargs):
+            return None
+
+    images = timm.data.ImageDataset('', reader=Reader(), target_transform=MultiLabelTarget(2))
+    readable = ReadableDataset(images)
+    readable._decode = lambda index: (None, [5])
+    images.reader.extend([None, None])
+    with pytest.raises(ValueError, match='must be in'):
+        readable[0]
