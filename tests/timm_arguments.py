@@ -97,7 +97,14 @@ VERDICTS = {
     '--tta': ('mapped', '2 averages an image and its mirror image, more is refused; timm\'s script averages N '
                         'consecutive, different images, as its loader makes no copies'),
     '--use-multi-epochs-loader': ('same', 'with `--mixsize off`; refused with MixSize, whose loader keeps its workers '
-                                          'anyway'),
+                                          'anyway, and together with `--mixup-off-epoch`, which its workers would not '
+                                          'hear of'),
+    **{option: ('same', 'for data sets that stream; refused for others, where timm ignores it') for option in (
+        '--train-num-samples', '--val-num-samples')},
+    **{option: ('same', 'refused for an optimizer that has none, where timm ignores it') for option in (
+        '--opt-eps', '--opt-betas')},
+    '--mixup-mode': ('same', 'refused with `--naflex-loader`, which mixes by batch'),
+    '--multilabel-threshold': ('same', 'refused unless `--task multilabel`'),
     '--log-wandb': ('same', 'through Accelerate\'s trackers'),
     '--wandb-project': _needs('--log-wandb', 'the default is a project named mixsize-timm'),
     '--wandb-tags': _needs('--log-wandb'),
@@ -113,8 +120,11 @@ VERDICTS = {
         '--naflex-patchify-channels-first')},
     '--naflex-patch-size-probs': _needs('--naflex-patch-sizes'),
     **{option: _needs('--kd-model-name') for option in (
-        '--kd-distill-type', '--distill-loss-weight', '--task-loss-weight', '--kd-temperature',
-        '--kd-student-feature-dim', '--kd-teacher-feature-dim', '--kd-token-distill-type')},
+        '--kd-distill-type', '--distill-loss-weight', '--task-loss-weight')},
+    '--kd-temperature': _needs('--kd-model-name', 'not of the kind `feature`'),
+    '--kd-student-feature-dim': _needs('--kd-model-name', 'of the kind `feature`'),
+    '--kd-teacher-feature-dim': _needs('--kd-model-name', 'of the kind `feature`'),
+    '--kd-token-distill-type': _needs('--kd-model-name', 'of the kind `token`'),
     '--save-epochs': ('same', _FOLDERS),
     '--sweep-locks': ('refused', _SWEEP),
     '--sweep-attempt': ('refused', _SWEEP),
