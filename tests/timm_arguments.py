@@ -99,10 +99,10 @@ VERDICTS = {
     '--use-multi-epochs-loader': ('same', 'with `--mixsize off`; refused with MixSize, whose loader keeps its workers '
                                           'anyway, and together with `--mixup-off-epoch`, which its workers would not '
                                           'hear of'),
-    **{option: ('same', 'for data sets that stream; refused for others, where timm ignores it') for option in (
-        '--train-num-samples', '--val-num-samples')},
-    **{option: ('same', 'refused for an optimizer that has none, where timm ignores it') for option in (
-        '--opt-eps', '--opt-betas')},
+    **dict.fromkeys(('--train-num-samples', '--val-num-samples'),
+                    ('same', 'for data sets that stream; refused for others, where timm ignores it')),
+    **dict.fromkeys(('--opt-eps', '--opt-betas'),
+                    ('same', 'refused for an optimizer that has none, where timm ignores it')),
     '--mixup-mode': ('same', 'refused with `--naflex-loader`, which mixes by batch'),
     '--multilabel-threshold': ('same', 'refused unless `--task multilabel`'),
     '--log-wandb': ('same', 'through Accelerate\'s trackers'),
