@@ -204,8 +204,8 @@ def sections(document: Dict[str, Any]) -> Dict[str, str]:
     return {
         'common': f'```\n{" ".join(document["common"])}\n```\n',
         'table': table(document),
-        'versions': f'Measured on {document["date"]} ({document["machine"]}) with {versions}, and the `train.py` of\n'
-                    f'timm\'s commit {document["commit"]}.\n',
+        'versions': f'Measured on {document["date"]} ({document["machine"]}) with\n{versions},\n'
+                    f'and the `train.py` of timm\'s commit {document["commit"]}.\n',
     }
 
 

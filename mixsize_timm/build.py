@@ -90,9 +90,12 @@ def create_model(args: argparse.Namespace) -> nn.Module:
         close = difflib.get_close_matches(args.model.split('.')[0], timm.list_models(), 3)
         raise UsageError(f'timm has no model {args.model!r}'
                          + (f': did you mean {" or ".join(close)}?' if close else ': timm.list_models() names them'))
+    fresh = not args.resume  # a resumed run brings its own weights
+    for name in ('pretrained_path', 'initial_checkpoint'):
+        if fresh and getattr(args, name) and not os.path.exists(getattr(args, name)):
+            raise UsageError(f'no weights at {getattr(args, name)}: check --{name.replace("_", "-")}')
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
     overlay.update(args.pretrained_cfg_overlay)
-    fresh = not args.resume  # a resumed run brings its own weights
     with refusing(f'cannot make {args.model}'):
         model: Any = timm.create_model(
             args.model, pretrained=fresh and bool(args.pretrained or args.pretrained_path),

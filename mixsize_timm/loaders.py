@@ -61,7 +61,7 @@ class Data:
         accelerator: Owns devices and processes.
     """
 
-    def __init__(self, args: argparse.Namespace, model: nn.Module, accelerator: Accelerator) -> None:
+    def __init__(self, args: argparse.Namespace, model: Any, accelerator: Accelerator) -> None:
         self.args = args
         self.accelerator = accelerator
         with refusing('--input-size, --mean and --std do not fit'):
@@ -69,7 +69,12 @@ class Data:
         self.channels, *self.height_width = self.config['input_size']
         self.base_size: int = self.config['input_size'][-1]
         self.regime = fit_regime(args, model, self.config['input_size'])
-        self.patch_size = getattr(model, 'get_patch_size', lambda: (16, 16))()  # timm's default
+        self.patch_size = None
+        if args.naflex_loader:
+            if not hasattr(model, 'get_patch_size'):
+                raise UsageError(f'--naflex-loader needs a NaFlex model such as naflexvit_base_patch16_gap, and '
+                                 f'{args.model} is none')
+            self.patch_size = model.get_patch_size()
         self.train, self.validation = self._create_datasets(args.num_classes)
         self.mixup_fn: Optional[Mixup] = None  # for batches that no loader mixes
         self.loader = self._train_loader()
