@@ -71,3 +71,21 @@ def test_an_error_is_said_once(tmp_path):
                             capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
     assert result.stderr.count('mixsize_timm.train: error: no data at') == 1
+
+
+def test_two_processes_keep_average_checkpoints_and_recovery_as_one_does(tmp_path, image_folder):
+    """What only one process writes, and all must agree on; without batch norm both give the same."""
+    options = ['--data-dir', image_folder, '--num-classes', 2, '--model', 'test_vit', '--img-size', 32, '--no-aug',
+               '-j', 0, '--opt', 'sgd', '--lr', 0.05, '--output', tmp_path, '--mixsize-sizes', 32, 48, '--epochs', 3,
+               '--stop-epoch', 2, '--model-ema', '--model-ema-decay', 0.5, '--checkpoint-hist', 1, '--save-epochs', 1,
+               '--recovery-interval', 2]
+    for name, batch, launcher in (('two', 4, LAUNCH), ('one', 8, [sys.executable])):
+        for _ in range(2):  # and again: to the same end, in place
+            launch('-m', 'mixsize_timm.train', *options, '-b', batch, '--experiment', name, '--resume', 'auto',
+                   launcher=launcher)
+    kept = [sorted(path.name for path in (tmp_path / name).iterdir() if path.is_dir()) for name in ('one', 'two')]
+    assert kept[0] == kept[1] and {'best', 'last', 'milestone-1', 'recovery'} <= set(kept[0])
+    for part in ('last/model_ema', 'best/model_ema', 'milestone-1/model'):
+        one, two = (load_file(tmp_path / name / f'{part}.safetensors') for name in ('one', 'two'))
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5, msg=f'{part} {name}')
