@@ -5,7 +5,7 @@ import importlib.resources
 import logging
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 import torch
 import yaml
@@ -13,7 +13,7 @@ from timm.loss import CLASS_WEIGHT_METHODS
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from timm.utils import ParseKwargs
 
-from .checkpoint import LAST, RECOVERY, holds_checkpoint, run_folder
+from .checkpoint import holds_checkpoint, newest_checkpoint, run_folder
 from .datasets import DIGITS
 from .errors import UsageError
 from .parser import build_parser
@@ -33,13 +33,15 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     """
     parser = build_parser()
     given = parser.parse_args(argv)
+    stated_here = _stated(argv)
     configured = _read_yaml(given.config) if given.config else {}
     resume = _resume_from(*(getattr(given, name) or configured.get(name) or ''
                             for name in ('resume', 'output', 'experiment')))
     layers: List[Dict[str, Any]] = [configured]
     if os.path.isdir(resume):
         resumed = _read_yaml(os.path.join(run_folder(resume), ARGS_FILE))
-        own = ('resume', 'no_resume_opt', 'output', 'experiment', 'start_epoch', 'stop_epoch')  # of that start only
+        own = ('resume', 'no_resume_opt', 'output', 'experiment', 'start_epoch', 'stop_epoch',
+               'wandb_resume_id')  # of that start only
         layers.insert(0, {key: value for key, value in resumed.items() if key not in own})
     stated: Dict[str, Any] = {key: value for layer in layers for key, value in layer.items()}
     recipe: Dict[str, Any] = {}
@@ -47,7 +49,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
                 stated.get('data'), stated.get('data_dir'), stated.get('dataset', '') not in ('', DIGITS))):
         recipe = {**_recipe('digits'), 'dataset': DIGITS}
         layers.insert(0, recipe)
-    _drop_overridden(layers, given, parser)
+    _drop_overridden(layers, stated_here)
     for layer in layers:
         _set_defaults(parser, layer)
     args = parser.parse_args(argv)
@@ -64,14 +66,14 @@ def _resume_from(resume: str, output: str, experiment: str) -> str:
     if resume != 'auto':
         if resume and not os.path.exists(resume):
             raise UsageError(f'no run at {resume}: check --resume')
+        if holds_checkpoint(resume) and run_folder(resume) == resume and not os.path.exists(
+                os.path.join(resume, ARGS_FILE)):
+            raise UsageError(f'{resume} holds weights only: start from them with --initial-checkpoint')
         return resume
     if not experiment:
         raise UsageError('--resume auto needs --experiment, the name of the run\'s folder')
     folder = output_folder(output, experiment)
-    recovery = os.path.join(folder, RECOVERY)
-    if holds_checkpoint(os.path.join(folder, LAST)):
-        return folder
-    return recovery if holds_checkpoint(recovery) else ''
+    return folder if holds_checkpoint(newest_checkpoint(folder)) else ''
 
 
 def output_folder(output: str, experiment: str) -> str:
@@ -103,15 +105,26 @@ _SPELLINGS = (('mixed_precision', 'amp'), ('drop_path', 'drop_connect'), ('loss'
               ('loss_pos_weight', 'bce_pos_weight'), ('mixsize_duplicates', 'aug_repeats'))
 
 
-def _drop_overridden(layers: List[Dict[str, Any]], given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def _stated(argv: Optional[List[str]]) -> Set[str]:
+    """The arguments that a command line states, be it with the value of the default."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
+def _drop_overridden(layers: List[Dict[str, Any]], above: Set[str]) -> None:
     """Leave out of each layer what one above it, or the command line, says under another name."""
-    above = {name for name, value in vars(given).items() if value != parser.get_default(name)}
+    parser = build_parser()
+    if 'amp_dtype' in above:  # of a resumed run, which has both: what it was turned into
+        for layer in layers:
+            layer.pop('mixed_precision', None)
     for layer in reversed(layers):
         stated = {name for name, value in layer.items() if value != parser.get_default(name)}
         for spellings in _SPELLINGS:
             for name in set(spellings) - above if above & set(spellings) else ():
                 layer.pop(name, None)
-        above |= stated
+        above = above | stated
 
 
 def _set_defaults(parser: argparse.ArgumentParser, values: Dict[str, Any]) -> None:
@@ -232,7 +245,8 @@ def _check(args: argparse.Namespace, given: argparse.Namespace) -> None:
     parser = build_parser()
     for name, dependents in _DEPENDENTS.items():
         for dependent in dependents:
-            if getattr(given, dependent) != parser.get_default(dependent) and not getattr(args, name):
+            if getattr(given, dependent) != parser.get_default(dependent) and not (
+                    getattr(args, name) or getattr(given, name)):
                 raise UsageError(f'{_flag(dependent)} needs {_flag(name)}')
     if args.dataset == DIGITS and args.data_dir:
         raise UsageError(f'the digits are embedded: leave out {args.data_dir}, or say what it is with --dataset')

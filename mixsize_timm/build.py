@@ -60,6 +60,8 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     wanted = args.device.split(':')[0]
     if wanted not in ('cuda', accelerator.device.type):
         raise UsageError(f'--device {args.device}: Accelerate is configured for {accelerator.device.type}')
+    if accelerator.mixed_precision != 'no' and args.model_dtype not in (None, 'float32'):
+        raise UsageError(f'--model-dtype {args.model_dtype} cannot be had with mixed precision: leave out one of them')
     if args.aug_repeats and args.mixsize == 'off' and accelerator.num_processes == 1:
         raise UsageError('--aug-repeats with --mixsize off repeats over processes, and this is a single one')
     _set_backend(args, accelerator)

@@ -1,10 +1,9 @@
 """A run saved and resumed: tensors as safetensors, everything else as JSON, nothing pickled."""
-import glob
 import json
 import os
 import random
 import shutil
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ STATE_JSON = 'state.json'
 LAST = 'last'  # the checkpoint of a run's folder that the run continues from
 RECOVERY = 'recovery'  # one from inside an epoch
 
-_TENSOR, _TUPLE, _ITEMS = '__tensor__', '__tuple__', '__items__'
+_TENSOR, _TUPLE, _ITEMS, _DTYPE = '__tensor__', '__tuple__', '__items__', '__dtype__'
 
 
 def save_checkpoint(folder: str, model: nn.Module, state: Any = None, ema: Optional[nn.Module] = None) -> None:
@@ -76,7 +75,15 @@ def holds_checkpoint(folder: str) -> bool:
 
 def run_folder(path: str) -> str:
     """The folder of the run that a path names: it, or the folder around one of its checkpoints."""
-    return os.path.dirname(os.path.abspath(path)) if os.path.isfile(os.path.join(path, MODEL_FILE)) else path
+    return os.path.dirname(os.path.abspath(path)) if os.path.isfile(os.path.join(path, STATE_JSON)) else path
+
+
+def newest_checkpoint(path: str) -> str:
+    """The checkpoint that a path names: it, or the one that the run in this folder continues from."""
+    if run_folder(path) != path:
+        return path
+    last, recovery = os.path.join(path, LAST), os.path.join(path, RECOVERY)
+    return recovery if holds_checkpoint(recovery) and not holds_checkpoint(last) else last
 
 
 def load_checkpoint(folder: str, model: nn.Module, ema: Optional[nn.Module] = None) -> Any:
@@ -131,19 +138,20 @@ class CheckpointHistory:
         self.limit = limit
         self.entries = [(epoch, metric) for epoch, metric in entries if os.path.isdir(self._path(epoch))]
 
+        self._removed: List[int] = []
+
     def rank(self, epoch: int, metric: float) -> None:
         """Give an epoch its place: a higher metric is better, and of equal ones the earlier epoch."""
         ranked = sorted([*self.entries, (epoch, metric)], key=lambda entry: (-entry[1], entry[0]))
-        self.entries = ranked[:self.limit]
+        self.entries, without = ranked[:self.limit], ranked[self.limit:]
+        self._removed = [other for other, _ in without if other != epoch]
 
     def keep(self, epoch: int) -> None:
         """Keep ``last`` as the checkpoint of an epoch if it has a place, and remove those that lost theirs."""
-        places = {self._path(place) for place, _ in self.entries}
-        if self._path(epoch) in places:
+        if any(place == epoch for place, _ in self.entries):
             copy_checkpoint(os.path.join(self.folder, LAST), self._path(epoch))
-        for path in glob.glob(os.path.join(glob.escape(self.folder), 'checkpoint-*')):
-            if path not in places:
-                shutil.rmtree(path, ignore_errors=True)
+        for other in self._removed:
+            shutil.rmtree(self._path(other), ignore_errors=True)
 
     def _path(self, epoch: int) -> str:
         return os.path.join(self.folder, f'checkpoint-{epoch}')
@@ -190,6 +198,8 @@ def _pack(value: Any, tensors: Dict[str, torch.Tensor]) -> Any:
         key = str(len(tensors))
         tensors[key] = value.detach().clone(memory_format=torch.contiguous_format)
         return {_TENSOR: key}
+    if isinstance(value, torch.dtype):
+        return {_DTYPE: str(value).split('.')[-1]}
     if isinstance(value, tuple):
         return {_TUPLE: [_pack(item, tensors) for item in value]}
     if isinstance(value, list):
@@ -208,6 +218,8 @@ def _unpack(value: Any, tensors: Dict[str, torch.Tensor]) -> Any:
         return value
     if _TENSOR in value:
         return tensors[value[_TENSOR]]
+    if _DTYPE in value:
+        return getattr(torch, value[_DTYPE])
     if _TUPLE in value:
         return tuple(_unpack(item, tensors) for item in value[_TUPLE])
     return {key: _unpack(item, tensors) for key, item in value[_ITEMS]}

@@ -1,7 +1,9 @@
 """Train a timm model at mixed image sizes: ``accelerate launch -m mixsize_timm.train --model resnet50``."""
 import argparse
+import glob
 import json
 import logging
+import math
 import os
 import pickle
 import sys
@@ -27,6 +29,7 @@ from .checkpoint import (
     CheckpointHistory,
     copy_checkpoint,
     load_checkpoint,
+    newest_checkpoint,
     random_state,
     run_folder,
     save_checkpoint,
@@ -111,6 +114,11 @@ class Training:
         """The moving average of the model, if one is kept."""
         return unwrap_model(self.task.get_eval_model(ema=True)) if self.task.has_ema() else None
 
+    @property
+    def _metric(self) -> str:
+        """What ``best`` is chosen by."""
+        return self.args.eval_metric if self.data.validation is not None else 'train_loss'
+
     def run(self) -> None:
         """Train, validate and save every epoch, then report the accuracy at each size."""
         self._open_folder()
@@ -146,7 +154,7 @@ class Training:
         if args.torchcompile:
             _logger.info('torch.compile has made %d graphs', torch._dynamo.utils.counters['stats']['unique_graphs'])
         if accelerator.num_processes > 1 and args.dist_bn and not args.sync_bn:
-            for model in filter(None, (self.model, self.ema)):
+            for model in filter(None, (self.model, None if args.model_ema_force_cpu else self.ema)):
                 distribute_bn(model, accelerator.num_processes, args.dist_bn == 'reduce')
         return metrics
 
@@ -161,7 +169,7 @@ class Training:
             **{f'eval_{k}': v for k, v in eval_metrics.items()}}, step=(epoch + 1) * self.data.num_steps)
 
         metric = eval_metrics[self.args.eval_metric] if eval_metrics else train_metrics['loss']
-        rank = -metric if self.data.decreasing_metric else metric
+        rank = float('-inf') if math.isnan(metric) else -metric if self.data.decreasing_metric else metric
         improved = self.best is None or rank > self.best
         self.best = rank if improved else self.best
         self.history.rank(epoch, rank)
@@ -187,8 +195,12 @@ class Training:
         for name, model in (('model', self.model), ('ema', self.ema)):
             if model is None:
                 continue
-            used[name] = self._calibrated(model, size, self.args.calibrate_val) if calibrating else model
-            if self.data.validation is None or (name == 'ema' and self.args.model_ema_force_cpu):
+            used[name] = model
+            if name == 'ema' and self.args.model_ema_force_cpu:
+                continue
+            if calibrating:
+                used[name] = self._calibrated(model, size, self.args.calibrate_val)
+            if self.data.validation is None:
                 continue
             own = metrics = self._evaluate(model, size)
             text = _summary(own)
@@ -271,7 +283,9 @@ class Training:
         folder = output_folder(args.output, name)
         if in_place and os.path.realpath(folder) == os.path.realpath(run):
             return folder
-        if any(os.path.exists(os.path.join(folder, kept)) for kept in (LAST, LAST + '.old', RECOVERY, SIZES_FILE)):
+        others = (LAST, LAST + '.old', RECOVERY, 'best', SIZES_FILE, SUMMARY_FILE, 'checkpoint-*', 'milestone-*',
+                  '*.pth.tar')  # the last are of timm's script
+        if any(glob.glob(os.path.join(glob.escape(folder), other)) for other in others):
             raise UsageError(f'{folder} already holds a run: choose another --experiment, or --resume {folder}')
         return folder
 
@@ -300,6 +314,7 @@ class Training:
         return {
             'epoch': epoch,
             'best': self.best,
+            'metric': self._metric,
             'history': self.history.entries,
             'opt': self.args.opt,
             'optimizer': self.optimizer.state_dict(),
@@ -319,12 +334,12 @@ class Training:
         if os.path.isfile(path):
             self._load_timms(path)
             return
-        folder = os.path.join(path, LAST) if run_folder(path) == path else path
+        folder = newest_checkpoint(path)
         try:
             state = load_checkpoint(folder, self.model, self.ema)
         except (OSError, ValueError) as error:
             raise UsageError(str(error)) from error
-        for ema, task_state in zip((False, True), state['task']):
+        for ema, task_state in zip((False, True), state.get('task', ())):
             if task_state and (not ema or self.ema is not None):
                 self.task.load_task_state(task_state, ema=ema)
         if not self.args.no_resume_opt:
@@ -333,8 +348,11 @@ class Training:
             set_random_state(state['random'][self.accelerator.process_index])
         else:
             _logger.warning('The run was saved by %d processes: random states start afresh', len(state['random']))
-        self.start_epoch, self.best = state['epoch'], state['best']
-        self.history = CheckpointHistory(self.folder, self.args.checkpoint_hist, state['history'])
+        self.start_epoch = state['epoch']
+        in_place = os.path.realpath(self.folder) == os.path.realpath(run_folder(path))
+        if in_place and state.get('metric') == self._metric:  # else another folder's best, or of another scale
+            self.best = state['best']
+            self.history = CheckpointHistory(self.folder, self.args.checkpoint_hist, state['history'])
 
     def _load_optimizer(self, state: Dict[str, Any], path: str) -> None:
         if state['opt'] != self.args.opt:

@@ -183,6 +183,14 @@ def test_a_value_of_the_wrong_kind_in_a_file_is_refused(tmp_path, line, message)
     assert message in str(error.value)
 
 
+def test_the_command_line_wins_over_a_file_even_with_the_value_of_the_default(tmp_path):
+    (tmp_path / 'c.yaml').write_text('aug_repeats: 3\namp: true\namp_dtype: bfloat16\nmixed_precision: bf16\n')
+    config = ['-c', str(tmp_path / 'c.yaml')]
+    assert parse_args([*config, '--mixsize-duplicates', '1']).mixsize_duplicates == 1
+    assert parse_args([*config, '--amp-dtype', 'float16']).mixed_precision == 'fp16'
+    assert parse_args([*config, '--mixed-precision', 'no']).mixed_precision == 'no'
+
+
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
     (tmp_path / 'c.yaml').write_text("lr: 3e-4\nepochs: '10'\nmean: ['0.5', 0.4, '0.3']\ntorchcompile: true\n")
     args = parse_args(['-c', str(tmp_path / 'c.yaml')])

@@ -1,5 +1,6 @@
 """Checkpoints of a run: kept, ranked, resumed in place or elsewhere; timm's own are read too."""
 import json
+import os
 import shutil
 
 import pytest
@@ -13,7 +14,7 @@ from timm.utils import CheckpointSaver
 
 from mixsize_timm import train
 from mixsize_timm.args import parse_args
-from mixsize_timm.checkpoint import CheckpointHistory, copy_checkpoint, run_folder, save_checkpoint
+from mixsize_timm.checkpoint import CheckpointHistory, copy_checkpoint, newest_checkpoint, run_folder, save_checkpoint
 
 TINY = ['--model', 'test_resnet', '-j', '0', '-b', '8', '--opt', 'sgd', '--lr', '0.05', '--warmup-epochs', '0',
         '--img-size', '32', '--num-classes', '2', '--mixsize-sizes', '24', '32']
@@ -98,8 +99,8 @@ def test_a_recovery_checkpoint_trains_its_epoch_again_in_place(tmp_path, tiny, m
     folder = tmp_path / 'run'
     shutil.copytree(folder / 'recovery', tmp_path / 'first' / 'recovery')
     shutil.copy(folder / 'args.yaml', tmp_path / 'first')
-    found = parse_args([*argv, '--experiment', 'first', '--resume', 'auto']).resume
-    assert found == str(tmp_path / 'first' / 'recovery')
+    for found in (parse_args([*argv, '--experiment', 'first', '--resume', 'auto']).resume, str(folder)):
+        assert os.path.basename(newest_checkpoint(found)) == ('recovery' if 'first' in found else 'last')
     assert finished_epochs(folder / 'recovery') == 1 and not same(folder / 'recovery', folder / 'last')
     assert train.main(['--resume', str(folder / 'recovery')]) == 0
     assert epochs_of(folder) == ['0', '1'] and finished_epochs(folder / 'last') == 2
@@ -181,7 +182,7 @@ def test_a_copy_of_a_checkpoint_outlives_it_and_shares_its_files(tmp_path):
 
 
 def test_the_folder_of_a_run_is_found_from_each_of_its_checkpoints(tmp_path):
-    save_checkpoint(str(tmp_path / 'last'), timm.create_model('test_resnet'))
+    save_checkpoint(str(tmp_path / 'last'), timm.create_model('test_resnet'), {'epoch': 1})
     assert run_folder(str(tmp_path / 'last')) == run_folder(str(tmp_path / 'last') + '/') == str(tmp_path)
     assert run_folder(str(tmp_path)) == str(tmp_path)
 
@@ -194,3 +195,46 @@ def test_the_folder_of_a_run_is_found_from_each_of_its_checkpoints(tmp_path):
 def test_what_cannot_be_is_said(tiny, argv, message, capsys):
     assert train.main([*tiny, *argv]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('file', ['checkpoint-1000/weights.bin', 'last.pth.tar', 'summary.csv', 'milestone-3/x'])
+def test_a_folder_that_holds_somebody_elses_run_is_left_alone(tmp_path, tiny, capsys, file):
+    (tmp_path / 'run' / file).parent.mkdir(parents=True)
+    (tmp_path / 'run' / file).write_text('theirs')
+    assert train.main([*tiny, '--output', str(tmp_path), '--experiment', 'run', '--epochs', '1']) == 2
+    assert 'already holds a run' in capsys.readouterr().err
+    assert (tmp_path / 'run' / file).read_text() == 'theirs' and not (tmp_path / 'run' / 'args.yaml').exists()
+
+
+def test_another_metric_or_another_folder_starts_with_no_best_epoch(run, tmp_path):
+    folder = run('--epochs', 2, '--stop-epoch', 1)
+    branch = run('--epochs', 2, '--resume', folder / 'checkpoint-0', '--eval-metric', 'loss', name='branch')
+    assert (branch / 'best' / 'model.safetensors').exists() and (branch / 'checkpoint-1').exists()
+    assert train.main(['--resume', str(folder), '--eval-metric', 'loss']) == 0
+    state = dict(json.loads((folder / 'last' / 'state.json').read_text())['__items__'])
+    assert state['metric'] == 'loss' and state['best'] < 0
+
+
+def test_a_first_epoch_without_a_number_is_not_the_best_for_ever(run, monkeypatch):
+    losses = iter([float('nan'), 1.])
+    original = train.train_one_epoch
+    monkeypatch.setattr(train, 'train_one_epoch', lambda *args, **kwargs: {
+        **original(*args, **kwargs), 'loss': next(losses)})
+    folder = run('--epochs', 2, '--val-split', '', '--checkpoint-hist', 1)
+    assert (folder / 'checkpoint-1').exists() and not (folder / 'checkpoint-0').exists()
+
+
+def test_every_optimizers_state_can_be_kept(run):
+    folder = run('--epochs', 2, '--stop-epoch', 1, '--opt', 'adafactorbv')  # it has a torch.dtype in its settings
+    assert train.main(['--resume', str(folder)]) == 0
+
+
+def test_weights_alone_are_not_resumed(run, capsys):
+    folder = run('--epochs', 1)
+    assert train.main(['--resume', str(folder / 'best')]) == 2
+    assert 'start from them with --initial-checkpoint' in capsys.readouterr().err
+
+
+def test_without_the_optimizer_can_be_said_before_there_is_a_run(tmp_path, tiny):
+    args = parse_args([*tiny, '--resume', 'auto', '--experiment', 'new', '--output', str(tmp_path), '--no-resume-opt'])
+    assert args.resume == ''
