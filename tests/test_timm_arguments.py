@@ -105,7 +105,8 @@ def test_the_page_is_what_the_generator_makes():
         f'run: python tests/timm_arguments.py --write-docs   (it makes {DOCS.relative_to(ROOT)})'
 
 
-@pytest.mark.skipif('TIMM_CHECKOUT' not in os.environ, reason='TIMM_CHECKOUT names no checkout of timm')
+@pytest.mark.skipif('TIMM_CHECKOUT' not in os.environ, reason=(
+    "timm's wheel has no train.py: set TIMM_CHECKOUT to a clone of its repository to compare the kept facts with it"))
 def test_the_facts_are_those_of_a_timm_checkout():
     program = 'import sys, timm_arguments; sys.stdout.write(timm_arguments.read_timm(sys.argv[1]))'
     read = subprocess.run(  # a process of its own: here timm is the installed one
