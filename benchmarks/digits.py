@@ -59,7 +59,7 @@ def train_mixsize(model: str, seed: int) -> Dict[str, Any]:
                         '--output', folder, '--experiment', 'run'], check=True)
         seconds = time.time() - start
         with open(os.path.join(folder, 'run', 'sizes.json')) as file:
-            results = json.load(file)['results']
+            results = json.load(file)['checkpoints'][0]['results']
     args = parse_args(argv)
     regime = make_regime(args, (3, args.img_size, args.img_size))
     plan = plan_epoch(regime, len(DigitsDataset('train')), seed=seed)

@@ -206,11 +206,7 @@ _OFF_ONLY = {
 def _resolve(args: argparse.Namespace, given: argparse.Namespace) -> None:
     """Give the arguments that say the same in several ways one form; ``given`` is what the command line alone says."""
     args.data_dir = given.data_dir or given.data or args.data_dir or args.data
-    if args.amp:
-        wanted = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype]
-        if args.mixed_precision not in (None, wanted):
-            raise UsageError(f'--amp with {args.amp_dtype} contradicts --mixed-precision {args.mixed_precision}')
-        args.mixed_precision = wanted
+    resolve_precision(args)
     if args.drop_connect is not None:
         if args.drop_path not in (None, args.drop_connect):
             raise UsageError('--drop-connect is the old name of --drop-path: give one of them')
@@ -239,6 +235,15 @@ def _resolve(args: argparse.Namespace, given: argparse.Namespace) -> None:
         args.mixsize_duplicates = int(args.aug_repeats)
 
 
+def resolve_precision(args: argparse.Namespace) -> None:
+    """Turn timm's ``--amp`` into Accelerate's ``--mixed-precision``."""
+    if args.amp:
+        wanted = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype]
+        if args.mixed_precision not in (None, wanted):
+            raise UsageError(f'--amp with {args.amp_dtype} contradicts --mixed-precision {args.mixed_precision}')
+        args.mixed_precision = wanted
+
+
 def _check(args: argparse.Namespace, given: argparse.Namespace) -> None:
     """Refuse what cannot work; ``given`` is what the command line alone says."""
     _check_ranges(args)
@@ -247,7 +252,7 @@ def _check(args: argparse.Namespace, given: argparse.Namespace) -> None:
         for dependent in dependents:
             if getattr(given, dependent) != parser.get_default(dependent) and not (
                     getattr(args, name) or getattr(given, name)):
-                raise UsageError(f'{_flag(dependent)} needs {_flag(name)}')
+                raise UsageError(f'{flag(dependent)} needs {flag(name)}')
     if args.dataset == DIGITS and args.data_dir:
         raise UsageError(f'the digits are embedded: leave out {args.data_dir}, or say what it is with --dataset')
     _check_mixsize(args, given)
@@ -266,11 +271,11 @@ def _check_ranges(args: argparse.Namespace) -> None:
                  'lr_base_size', 'checkpoint_hist', 'stop_epoch', 'train_batches_per_epoch'):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UsageError(f'{_flag(name)} must be at least 1, not {value}')
+            raise UsageError(f'{flag(name)} must be at least 1, not {value}')
     for name in ('workers', 'calibrate', 'calibrate_val', 'seed', 'recovery_interval', 'mixsize_reg', 'epoch_repeats',
                  'aug_repeats', 'start_epoch'):
         if (getattr(args, name) or 0) < 0:
-            raise UsageError(f'{_flag(name)} must not be negative, not {getattr(args, name)}')
+            raise UsageError(f'{flag(name)} must not be negative, not {getattr(args, name)}')
     if not 0 <= args.grad_smoothing_momentum < 1:
         raise UsageError(f'--grad-smoothing-momentum must be in [0, 1), not {args.grad_smoothing_momentum}')
     if args.decay_epochs is not None and args.decay_epochs <= 0:
@@ -297,7 +302,7 @@ def _check_mixsize(args: argparse.Namespace, given: argparse.Namespace) -> None:
         return
     for name, (absent, why) in _OFF_ONLY.items():
         if getattr(args, name) != absent:
-            raise UsageError(f'{_flag(name)} cannot be had with MixSize: {why}; or use --mixsize off')
+            raise UsageError(f'{flag(name)} cannot be had with MixSize: {why}; or use --mixsize off')
 
 
 def _check_augmentation(args: argparse.Namespace) -> None:
@@ -313,7 +318,7 @@ def _check_augmentation(args: argparse.Namespace) -> None:
         for name in ('aug_splits', 'train_img_sizes', 'use_multi_epochs_loader', 'mixup_off_epoch', 'cutmix_minmax',
                      'torchscript', 'tta', 'save_images', 'resplit'):
             if getattr(args, name):
-                raise UsageError(f'--naflex-loader and {_flag(name)} exclude each other')
+                raise UsageError(f'--naflex-loader and {flag(name)} exclude each other')
     if args.naflex_loader and args.mixup_mode != 'batch':
         raise UsageError('--naflex-loader mixes by batch: leave out --mixup-mode')
     if args.use_multi_epochs_loader and args.mixup_off_epoch:
@@ -324,7 +329,7 @@ def _check_augmentation(args: argparse.Namespace) -> None:
                             ('train_img_sizes', ('train_batch_sizes', 'train_size_probs'))):
         for other in others:
             if getattr(args, other) and len(getattr(args, other)) != len(getattr(args, choices) or ()):
-                raise UsageError(f'{_flag(other)} must have one value for each of {_flag(choices)}')
+                raise UsageError(f'{flag(other)} must have one value for each of {flag(choices)}')
 
 
 def _check_task(args: argparse.Namespace) -> None:
@@ -340,12 +345,12 @@ def _check_task(args: argparse.Namespace) -> None:
     for name, loss, default in (('bce_sum', 'bce', False), ('bce_target_thresh', 'bce', None),
                                 ('poly_epsilon', 'poly', 2), ('poly_gamma', 'poly', 0)):
         if getattr(args, name) != default and args.loss != loss:
-            raise UsageError(f'{_flag(name)} needs --loss {loss}')
+            raise UsageError(f'{flag(name)} needs --loss {loss}')
     for name, kinds, unset in (('kd_temperature', ('logit', 'token'), 4), ('kd_token_distill_type', ('token',), 'soft'),
                                ('kd_student_feature_dim', ('feature',), None),
                                ('kd_teacher_feature_dim', ('feature',), None)):
         if getattr(args, name) != unset and args.kd_distill_type not in kinds:
-            raise UsageError(f'{_flag(name)} needs --kd-distill-type {" or ".join(kinds)}')
+            raise UsageError(f'{flag(name)} needs --kd-distill-type {" or ".join(kinds)}')
     if args.multilabel_threshold != 0.5 and not multi_label:
         raise UsageError('--multilabel-threshold needs --task multilabel')
     computed = {args.loss_pos_weight, args.loss_class_weight} & set(CLASS_WEIGHT_METHODS)
@@ -358,7 +363,7 @@ def _check_task(args: argparse.Namespace) -> None:
         raise UsageError(f'--eval-metric must be one of {", ".join(metrics)}, not {args.eval_metric}')
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
     return '--' + name.replace('_', '-')
 
 

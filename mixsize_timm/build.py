@@ -1,12 +1,10 @@
 """What a training run is made of, built from its arguments; each fault is found here and said in one line."""
 import argparse
-import difflib
 import importlib
 import logging
 import os
 from typing import Any, Callable, Dict, Optional, Tuple
 
-import timm
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.tracking import get_available_trackers
@@ -84,48 +82,6 @@ def _set_backend(args: argparse.Namespace, accelerator: Accelerator) -> None:
         with refusing(f'timm has no fuser {args.fuser!r}'):
             set_jit_fuser(args.fuser)
     set_fast_norm(args.fast_norm)
-
-
-def create_model(args: argparse.Namespace) -> nn.Module:
-    """timm's model; ``args.num_classes`` is set to its number of classes."""
-    if ':' not in args.model and not timm.is_model(args.model):
-        close = difflib.get_close_matches(args.model.split('.')[0], timm.list_models(), 3)
-        raise UsageError(f'timm has no model {args.model!r}'
-                         + (f': did you mean {" or ".join(close)}?' if close else ': timm.list_models() names them'))
-    fresh = not args.resume  # a resumed run brings its own weights
-    for name in ('pretrained_path', 'initial_checkpoint'):
-        if fresh and getattr(args, name) and not os.path.exists(getattr(args, name)):
-            raise UsageError(f'no weights at {getattr(args, name)}: check --{name.replace("_", "-")}')
-    overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
-    overlay.update(args.pretrained_cfg_overlay)
-    with refusing(f'cannot make {args.model}'):
-        model: Any = timm.create_model(
-            args.model, pretrained=fresh and bool(args.pretrained or args.pretrained_path),
-            in_chans=args.in_chans or (args.input_size or [3])[0],
-            num_classes=args.num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path,
-            drop_block_rate=args.drop_block, global_pool=args.gp, bn_momentum=args.bn_momentum, bn_eps=args.bn_eps,
-            scriptable=args.torchscript, checkpoint_path=args.initial_checkpoint if fresh else '',
-            pretrained_cfg_overlay=overlay or None, **args.model_kwargs)
-        _init_head(args, model)
-        if args.grad_checkpointing:
-            model.set_grad_checkpointing(enable=True)
-    args.num_classes = model.num_classes
-    return model
-
-
-@torch.no_grad()
-def _init_head(args: argparse.Namespace, model: Any) -> None:
-    if args.head_init_scale is None and args.head_init_bias is None:
-        return
-    heads = model.get_classifier()
-    for head in heads if isinstance(heads, (tuple, list)) else (heads,):
-        if getattr(head, 'weight', None) is None or getattr(head, 'bias', None) is None:
-            raise ValueError('--head-init-scale and --head-init-bias need a classifier with a weight and a bias')
-        if args.head_init_scale is not None:
-            head.weight.mul_(args.head_init_scale)
-            head.bias.mul_(args.head_init_scale)
-        if args.head_init_bias is not None:
-            nn.init.constant_(head.bias, args.head_init_bias)
 
 
 def create_task(args: argparse.Namespace, model: nn.Module, accelerator: Accelerator, data: Data

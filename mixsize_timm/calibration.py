@@ -5,30 +5,45 @@ Running statistics gathered over mixed sizes fit none of them, so a model is cal
 import copy
 import logging
 from itertools import islice
-from typing import Any, Iterable, List, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
 
 import torch
-from timm.layers import SplitBatchNorm2d
+from timm.layers import EvoNorm2dB0, EvoNorm2dB1, EvoNorm2dB2, InplaceAbn
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 _logger = logging.getLogger(__name__)
 
+VARIANCES = ('population', 'batch')
+# Layers that keep the mean and variance of what they are given, over all but the channels
+_SERVED = (_BatchNorm, EvoNorm2dB0, EvoNorm2dB1, EvoNorm2dB2, InplaceAbn)
 
-def calibrate(model: nn.Module, loader: Iterable[Any], num_batches: Optional[int] = None) -> nn.Module:
-    """A copy of a model with batch-norm statistics computed afresh over a loader's images.
 
-    Cumulative averages of the statistics of each batch (arXiv 1908.08986, and the authors' reference code). Only the
-    batch-norm layers are in training mode, so dropout and stochastic depth are off as they will be in use, which
-    ``torch.optim.swa_utils.update_bn`` does not do. Layers frozen on purpose (affine parameters that all have
-    ``requires_grad`` false, or momentum 0) keep their statistics, and layers with running statistics of another
-    kind, which cannot be averaged this way, are named in a warning. Without batch norm it is a plain copy.
+@torch.no_grad()
+def calibrate(
+        model: nn.Module,
+        loader: Iterable[Any],
+        num_batches: Optional[int] = None,
+        *,
+        variance: str = 'population',
+        reduce: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
+) -> nn.Module:
+    """A copy of a model with batch-norm statistics computed afresh over a loader's images (arXiv 1908.08986).
+
+    Each batch is normalised with its own statistics, as in training, but dropout and stochastic depth are off as they
+    will be in use, which ``torch.optim.swa_utils.update_bn`` does not do. A batch counts for its number of images; a
+    lone image, which has no variance in a layer of one pixel, is joined with the next batch. Layers that were frozen
+    on purpose (affine parameters that all have ``requires_grad`` false, or momentum 0) keep their statistics, and
+    layers with running statistics of an unknown kind are named in a warning. Without batch norm it is a plain copy.
 
     Args:
-        model: The model; it is not touched.
+        model: The model, on any device and in any floating-point type; it is not touched.
         loader: Gives training images at the size of use: tensors ``[N, C, S, S]``, or tuples that start with one.
-            Batches should be of one length; a short last one would count as much as the others.
         num_batches: Stop after this many; all of the loader by default.
+        variance: ``population``, over all images, which adds the variance of the batches' means to the mean of their
+            variances; or ``batch``, the latter alone, as the authors' reference code has it.
+        reduce: Sums a tensor over processes, each with batches of its own; all must call.
 
     Returns:
         The copy, in evaluation mode.
@@ -42,46 +57,37 @@ def calibrate(model: nn.Module, loader: Iterable[Any], num_batches: Optional[int
     """
     if num_batches is not None and num_batches < 1:
         raise ValueError(f'num_batches must be at least 1, not {num_batches}')
+    if variance not in VARIANCES:
+        raise ValueError(f'variance must be one of {", ".join(VARIANCES)}, not {variance!r}')
     model = copy.deepcopy(model).eval()
     layers = calibrated_layers(model)
     warn_of_unserved(model)
     if not layers:
         return model
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # cumulative average
-        layer.train()
-    _forward_all(model, loader, num_batches)
-    for layer, momentum in zip(layers, momenta):
-        layer.momentum = momentum
-    return model.eval()
-
-
-def calibrated_layers(model: nn.Module) -> List[_BatchNorm]:
-    """The layers whose statistics :func:`calibrate` computes; without any there is nothing to calibrate."""
-    split = {id(part) for m in model.modules() if isinstance(m, SplitBatchNorm2d) for part in m.modules()}
-    in_training = any(p.requires_grad for p in model.parameters())  # else nothing was frozen on purpose
-    return [m for m in model.modules()
-            if isinstance(m, _BatchNorm) and m.track_running_stats and id(m) not in split
-            and not (in_training and _frozen(m))]
-
-
-@torch.no_grad()
-def _forward_all(model: nn.Module, loader: Iterable[Any], num_batches: Optional[int]) -> None:
-    parameter = next(model.parameters())
-    count = 0
-    for batch in islice(loader, num_batches):
-        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+    moments = {layer: _Moments(layer, variance) for layer in layers.values()}
+    hooks = [layer.register_forward_pre_hook(part.observe) for layer, part in moments.items()]
+    parameter: Any = next(model.parameters())
+    for images in _without_lone_images(islice(loader, num_batches)):
         model(images.to(parameter.device, parameter.dtype, non_blocking=True))
-        count += 1
-    if not count:
+    for hook in hooks:
+        hook.remove()
+    observed = [part.finish(reduce) for part in moments.values()]
+    if not any(observed):
         raise ValueError('the loader gave no batch to calibrate on: lower its batch size or add images')
+    return model
 
 
-def _frozen(layer: _BatchNorm) -> bool:
-    affine = [p for p in (layer.weight, layer.bias) if p is not None]
-    return layer.momentum == 0 or (bool(affine) and not any(p.requires_grad for p in affine))
+def calibrated_layers(model: nn.Module) -> Dict[str, nn.Module]:
+    """The layers, by name, whose statistics :func:`calibrate` computes; without any there is nothing to calibrate."""
+    in_training = any(p.requires_grad for p in model.parameters())  # else nothing was frozen on purpose
+    return {name: m for name, m in model.named_modules()
+            if isinstance(m, _SERVED) and getattr(m, 'running_var', None) is not None
+            and not (in_training and _frozen(m))}
+
+
+def _frozen(layer: Any) -> bool:
+    affine = [p for p in (getattr(layer, 'weight', None), getattr(layer, 'bias', None)) if p is not None]
+    return getattr(layer, 'momentum', None) == 0 or (bool(affine) and not any(p.requires_grad for p in affine))
 
 
 def warn_of_unserved(model: nn.Module) -> None:
@@ -89,8 +95,75 @@ def warn_of_unserved(model: nn.Module) -> None:
     # timm's and torchvision's FrozenBatchNorm2d are frozen by what they are
     unserved: List[str] = [
         f'{name} ({type(m).__name__})' for name, m in model.named_modules()
-        if getattr(m, 'running_var', None) is not None and not type(m).__name__.startswith('Frozen')
-        and (isinstance(m, SplitBatchNorm2d) or not isinstance(m, _BatchNorm))
+        if getattr(m, 'running_var', None) is not None and not isinstance(m, _SERVED)
+        and not type(m).__name__.startswith('Frozen')
     ]
     if unserved:
         _logger.warning('Not calibrated, for they keep running statistics of another kind: %s', ', '.join(unserved))
+
+
+class _Moments:
+    """Moments of what one layer is given, from batch to batch; the layer in evaluation mode normalises with each's."""
+
+    def __init__(self, layer: Any, variance: str) -> None:
+        self.layer = layer
+        self.population = variance == 'population'
+        self.mean, self.within, self.between = (  # of the means; of the variances; squared deviation of the means
+            torch.zeros_like(layer.running_var, dtype=torch.float32) for _ in range(3))
+        self.images, self.values, self.batches = (torch.zeros((), device=self.mean.device) for _ in range(3))
+
+    def observe(self, layer: Any, inputs: Any) -> None:
+        images = inputs[0].detach()
+        mean, var = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
+        count = images.numel() // len(mean)
+        if count > 1:
+            F.batch_norm(images.float(), mean, var, training=True, momentum=1.)
+        else:
+            mean.copy_(images.flatten())
+        biased = var * ((count - 1) / count)
+        self._set(mean, biased)
+        self.images += len(images)
+        self.values += count
+        self.batches += 1
+        share, deviation = len(images) / self.images, mean - self.mean
+        self.mean += deviation * share
+        self.within += ((biased if self.population else var) - self.within) * share
+        self.between += deviation**2 * (len(images) * (1 - share))
+
+    def finish(self, reduce: Optional[Callable[[torch.Tensor], torch.Tensor]]) -> bool:
+        """Give the layer the statistics over all batches of all processes; false where there was none."""
+        if reduce is not None:
+            own_images, own_mean = self.images, self.mean
+            self.images, self.values, self.batches = reduce(torch.stack([self.images, self.values, self.batches]))
+            weight = own_images / self.images.clamp(min=1)
+            self.mean, self.within = reduce(torch.stack([own_mean, self.within]) * weight)
+            self.between = reduce(self.between + own_images * (own_mean - self.mean)**2)
+        if not self.batches:
+            return False
+        var = self.within
+        if self.population:
+            var = (var + self.between / self.images) * (self.values / (self.values - 1).clamp(min=1))
+        self._set(self.mean, var)
+        if getattr(self.layer, 'num_batches_tracked', None) is not None:
+            self.layer.num_batches_tracked.fill_(self.batches)
+        return True
+
+    def _set(self, mean: torch.Tensor, var: torch.Tensor) -> None:
+        self.layer.running_var.copy_(var)
+        if getattr(self.layer, 'running_mean', None) is not None:
+            self.layer.running_mean.copy_(mean)
+
+
+def _without_lone_images(loader: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The images of a loader's batches; one that is alone comes with the next batch, or not at all behind others."""
+    lone, given = None, False
+    for batch in loader:
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if lone is not None:
+            images = torch.cat([lone, images])
+        lone = images if len(images) == 1 else None
+        if lone is None:
+            given = True
+            yield images
+    if lone is not None and not given:
+        yield lone

@@ -124,6 +124,15 @@ def load_checkpoint(folder: str, model: nn.Module, ema: Optional[nn.Module] = No
     return state
 
 
+def read_state(folder: str, name: str) -> Any:
+    """One entry, without tensors, of the state that a checkpoint was saved with; ``None`` where there is none."""
+    try:
+        with open(os.path.join(folder, STATE_JSON), encoding='utf-8') as file:
+            return _unpack(dict(json.load(file)[_ITEMS]).get(name), {})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 class CheckpointHistory:
     """The checkpoints of the best epochs, as timm's ``CheckpointSaver`` keeps them: ``checkpoint-E`` beside ``last``.
 

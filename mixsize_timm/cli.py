@@ -5,6 +5,8 @@ from typing import List, Optional
 
 _COMMANDS = {
     'train': ('mixsize_timm.train', 'train a timm model; takes what "python -m mixsize_timm.train" takes'),
+    'evaluate': ('mixsize_timm.evaluate', 'measure models at many image sizes, and write a report'),
+    'calibrate': ('mixsize_timm.calibrate_model', 'keep batch-norm statistics for many sizes beside a model'),
 }
 
 

@@ -1,7 +1,7 @@
 """The MixSize loader: images decoded once, duplicated, and transformed for the size of their step."""
 import copy
 import random
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import timm.data
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .datasets import ReadableDataset
 from .regime import Regime
 from .regularization import SizeRegularization
-from .sampler import Group, MixSizeBatchSampler
+from .sampler import DealtBatchSampler, Group, MixSizeBatchSampler
 
 _OF_TIMMS_SAMPLERS = (
     'input_size_choices', 'batch_size_choices', 'batch_choice_weights', 'batch_schedule_epochs', 'num_batches',
@@ -198,21 +198,66 @@ def create_loader(
     sampler = MixSizeBatchSampler(
         len(dataset), regime, seed, rank or 0, world_size or 1, grad_accum_steps, drop)  # type: ignore[arg-type]
 
-    # timm's own loader of scheduled sizes makes the transforms, collation and prefetcher from its arguments
+    return MixSizeLoader(
+        _loader_of_groups(dataset, input_size, regime.sizes, sampler, seed,
+                          SizeRegularization(size_reg, regime.base_size, mixup=kwargs.get('collate_fn')), kwargs),
+        sampler)
+
+
+def create_calibration_loader(
+        dataset: Any,
+        input_size: Tuple[int, int, int],
+        batch_size: int,
+        num_batches: Optional[int] = None,
+        *,
+        seed: int = 42,
+        rank: int = 0,
+        world_size: int = 1,
+        **kwargs: Any,
+) -> Any:
+    """A loader of training images at one size for :func:`~mixsize_timm.calibration.calibrate`.
+
+    It gives the same pixels each time, for any number of workers and, taken together, of processes.
+
+    Args:
+        dataset: Map-style data set of PIL images, such as ``timm.data.create_dataset`` makes. It is not changed.
+        input_size: Channels, and the size as height and width.
+        batch_size: Images of a batch.
+        num_batches: Batches over all processes, at most one epoch; by default all of it.
+        seed: Seed of the choice of images and of the augmentations.
+        rank: This process.
+        world_size: Number of processes.
+        **kwargs: Every other argument of ``timm.data.create_loader`` for a training loader.
+
+    Returns:
+        A loader of images ``[B, C, S, S]`` and targets ``[B]``.
+    """
+    _allow_zero_bits()
+    size = input_size[-1]
+    sampler = DealtBatchSampler(len(dataset), size, batch_size, num_batches, seed, rank, world_size)
+    return _loader_of_groups(dataset, input_size, (size,), sampler, seed, SizeRegularization(0, size), kwargs)
+
+
+def _loader_of_groups(dataset: Any, input_size: Any, sizes: Sequence[int], sampler: Any, seed: int,
+                      regularization: SizeRegularization, kwargs: Dict[str, Any]) -> Any:
+    """A loader of what a sampler of groups asks for.
+
+    timm's own loader of scheduled sizes makes the transforms, collation and prefetcher from its arguments.
+    """
     kwargs.setdefault('device', torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
     readable: Any = copy.copy(dataset) if isinstance(dataset, ReadableDataset) else ReadableDataset(dataset)
-    regularization = SizeRegularization(size_reg, regime.base_size, mixup=kwargs.get('collate_fn'))
     transforms: Dict[int, Callable] = {}
-    for size in regime.sizes:
+    for size in sizes:
         scaled = regularization.augmentation(size, kwargs.get('auto_augment'), kwargs.get('color_jitter', 0.4))
         template = timm.data.create_loader(
-            readable, input_size, 1, True, input_size_choices=(size,), num_batches=1, **{**kwargs, **scaled})
+            readable, input_size, 1, input_size_choices=(size,), num_batches=1,
+            **{**kwargs, **scaled, 'is_training': True})
         inner: Any = template.loader if isinstance(template, PrefetchLoader) else template
         transforms[size] = inner.dataset.transforms[0]
     loader: Any = DataLoader(
         MixSizeDataset(readable, transforms, inner.collate_fn, seed,
-                       regularization.set_size if size_reg else None),
-        batch_sampler=sampler,  # type: ignore[arg-type]
+                       regularization.set_size if regularization.strength else None),
+        batch_sampler=sampler,
         num_workers=inner.num_workers,
         collate_fn=_collated,
         pin_memory=inner.pin_memory,
@@ -220,10 +265,10 @@ def create_loader(
         persistent_workers=inner.persistent_workers,
         generator=torch.Generator().manual_seed(seed),  # else every new iteration draws from the caller's
     )
-    if isinstance(template, PrefetchLoader):
-        template.loader = loader
-        loader = template
-    return MixSizeLoader(loader, sampler)
+    if not isinstance(template, PrefetchLoader):
+        return loader
+    template.loader = loader
+    return template
 
 
 def _allow_zero_bits() -> None:

@@ -3,6 +3,7 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
@@ -43,6 +44,7 @@ def train_one_epoch(
         log_interval: int = 50,
         save_images: str = '',
         on_step: Optional[Callable[[int], None]] = None,
+        samples: Optional[Counter] = None,
 ) -> Dict[str, float]:
     """Train one epoch.
 
@@ -71,6 +73,7 @@ def train_one_epoch(
         log_interval: Steps between log lines.
         save_images: Folder for an image of each logged batch, ``train-batch-N.jpg``.
         on_step: Called with the number of finished steps of the epoch after each of them.
+        samples: Counts the images, over all processes, that were trained at each (height, width).
 
     Returns:
         ``loss``: mean over the images of the epoch.
@@ -96,6 +99,8 @@ def train_one_epoch(
                     batch_loss = task(images, targets)['loss']
                 accelerator.backward(batch_loss * weight, create_graph=second_order)
             meter.add(batch_loss, images, targets, group)
+            if samples is not None and not isinstance(images, dict):
+                samples[tuple(images.shape[-2:])] += len(images) * accelerator.num_processes
             if not group.ends_step:
                 continue
             norms = _optimizer_step(task, optimizer, accelerator, smoother, clip_grad, clip_mode)

@@ -1,11 +1,15 @@
 """What the user can mend, said in one line."""
+import logging
+import os
+import sys
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Callable, Iterator
 
 from safetensors import SafetensorError
+from timm.utils import setup_default_logging
 
 
-class UsageError(Exception):
+class UsageError(ValueError):
     """Something the user asked for cannot be done; the message is one line that says what to do."""
 
 
@@ -14,7 +18,36 @@ def refusing(what: str = '') -> Iterator[None]:
     """Turn the many ways in which timm and others refuse an argument into a :class:`UsageError`."""
     try:
         yield
+    except UsageError:
+        raise
     except (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
             SafetensorError) as error:
         reason = ' '.join(str(error).split())[:500] or type(error).__name__
         raise UsageError(f'{what}: {reason}' if what else reason) from error
+
+
+def run_command(name: str, run: Callable[[], None], stopped: Callable[[], str]) -> int:
+    """Do a command's work; what the user can mend is said once, in one line.
+
+    Args:
+        name: The command.
+        run: Its work.
+        stopped: Says what Ctrl-C leaves.
+
+    Returns:
+        The exit code: 0, 2 for what the user can mend, 130 after Ctrl-C.
+    """
+    first = os.environ.get('LOCAL_RANK', '0') == '0'
+    if not logging.root.handlers:  # a caller's own logging is left alone
+        setup_default_logging(logging.INFO if first else logging.WARNING)
+    try:
+        run()
+    except UsageError as error:
+        if first:
+            print(f'{name}: error: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if first:
+            print(f'\n{name}: stopped; {stopped()}', file=sys.stderr)
+        return 130
+    return 0

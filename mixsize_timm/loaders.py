@@ -2,6 +2,7 @@
 import argparse
 import copy
 import logging
+from itertools import islice
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -19,7 +20,8 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from .args import make_regime, mixing, model_dtype
-from .data import MixSizeLoader, create_loader
+from .calibration import calibrate
+from .data import MixSizeLoader, create_calibration_loader, create_loader
 from .datasets import DIGITS, check_classes, check_splits, class_names, create_dataset
 from .errors import UsageError, refusing
 from .regime import Regime
@@ -52,8 +54,8 @@ def fit_regime(args: argparse.Namespace, model: nn.Module, input_size: Tuple[int
     return regime
 
 
-class Data:
-    """The data sets of a run, and its loaders at any size.
+class EvaluationData:
+    """The images that a model is measured and calibrated on, and their loaders at any size.
 
     Args:
         args: The arguments.
@@ -65,20 +67,139 @@ class Data:
         self.args = args
         self.accelerator = accelerator
         with refusing('--input-size, --mean and --std do not fit'):
-            self.config = resolve_data_config(vars(args), model=model)
+            self.config = self._resolve_config(model)
         self.channels, *self.height_width = self.config['input_size']
         self.base_size: int = self.config['input_size'][-1]
+        self.patch_size: Any = None
+        self.regime: Optional[Regime] = None
+        self.train: Any = None
+        self.validation: Any = None
+        self._validation_loaders: Dict[int, Any] = {}
+
+    def open(self, *, train: bool, validation: bool) -> None:
+        """Open the training images, which calibration needs too, and the validation images."""
+        args = self.args
+        with refusing():
+            if train:
+                self.train = self._create_dataset(args.train_split, True)
+            if validation:
+                self.validation = self._create_dataset(args.val_split, False)
+            if train and validation and args.val_split != args.train_split:
+                check_splits(self.train, self.validation, args.val_split)
+
+    def _resolve_config(self, model: Any) -> Dict[str, Any]:
+        return resolve_data_config(vars(self.args), model=model, use_test_size=True)
+
+    def validation_loader(self, size: int) -> Any:
+        """timm's loader of the validation images at one size, as its validation script makes it."""
+        return self._loader(
+            self.validation, size, self.args.validation_batch_size or self.args.batch_size, is_training=False,
+            interpolation=self.config['interpolation'], crop_pct=self.config['crop_pct'],
+            crop_mode=self.config['crop_mode'], crop_border_pixels=self.args.crop_border_pixels,
+            persistent_workers=False)
+
+    def calibration_loader(self, size: int, num_batches: Optional[int] = None) -> Any:
+        """Training images at one size, augmented as in training, the same ones for any number of processes.
+
+        Only data that streams, or images that are not square, are drawn anew, by timm's loader.
+
+        Args:
+            size: Size in pixels.
+            num_batches: Batches over all processes; by default one epoch.
+        """
+        augmentation = self._augmentation()
+        if self.regime is not None:
+            regularization = SizeRegularization(self.args.mixsize_reg, self.base_size)
+            augmentation.update(regularization.augmentation(
+                size, augmentation['auto_augment'], augmentation['color_jitter']))
+        processes = self.accelerator.num_processes
+        if isinstance(self.train, IterableDataset) or self.height_width != [self.base_size] * 2:
+            loader = self._loader(self.train, size, self.args.batch_size, persistent_workers=False, **augmentation)
+            return islice(loader, None if num_batches is None else -(-num_batches // processes))
+        return self._loader(
+            self.train, size, self.args.batch_size, create=create_calibration_loader, num_batches=num_batches,
+            seed=self.args.seed, rank=self.accelerator.process_index, world_size=processes, distributed=False,
+            persistent_workers=False, **augmentation)
+
+    def shape(self, size: int) -> Tuple[int, int, int]:
+        """Channels, height and width of an image of a size; only at the base size it may be oblong."""
+        height, width = self.height_width if size == self.base_size else (size, size)
+        return self.channels, height, width
+
+    def calibrate(self, model: nn.Module, size: int, num_batches: Optional[int] = None) -> nn.Module:
+        """The model calibrated for a size, with the statistics of all processes; see :meth:`calibration_loader`."""
+        accelerator = self.accelerator
+        reduce = (lambda tensor: accelerator.reduce(tensor, 'sum')) if accelerator.num_processes > 1 else None
+        with accelerator.autocast():
+            return calibrate(model, self.calibration_loader(size, num_batches), reduce=reduce)
+
+    def _create_dataset(self, split: str, training: bool) -> Any:
+        args = self.args
+        options: Dict[str, Any] = dict(
+            class_map=args.class_map, download=args.dataset_download, batch_size=args.batch_size, seed=args.seed,
+            input_img_mode=args.input_img_mode or ('RGB' if self.channels == 3 else 'L'), input_key=args.input_key,
+            target_key=args.target_key, trust_remote_code=args.dataset_trust_remote_code)
+        if args.task == 'multilabel':
+            dense = args.target_format == 'multihot'
+            options['target_transform'] = MultiLabelTarget(args.num_classes, dense=dense)
+            options['target_format'] = args.target_format if dense else None
+        if training:
+            options.update(is_training=True, num_samples=args.train_num_samples, repeats=args.epoch_repeats)
+        else:
+            options['num_samples'] = args.val_num_samples
+        dataset = create_dataset(args.dataset, args.data_dir, split, **options)
+        for name in ('epoch_repeats', 'train_num_samples', 'val_num_samples'):
+            if getattr(args, name) and not isinstance(dataset, IterableDataset):
+                raise ValueError(f'--{name.replace("_", "-")} is for data that streams: leave it out')
+        return dataset
+
+    def _loader(self, dataset: Any, size: int, batch_size: int, create: Any = None, **kwargs: Any) -> Any:
+        """A loader at one base size with what all loaders of the run share."""
+        args = self.args
+        shared: Dict[str, Any] = dict(
+            batch_size=batch_size, mean=self.config['mean'], std=self.config['std'], num_workers=args.workers,
+            pin_memory=args.pin_mem, device=self.accelerator.device, use_prefetcher=not args.no_prefetcher,
+            img_dtype=model_dtype(args) or torch.float32, distributed=self.accelerator.num_processes > 1)
+        shared.update(kwargs)
+        if args.naflex_loader:
+            return create_naflex_loader(copy.copy(dataset), channels=self.channels,
+                                        patchify_channels_last=not args.naflex_patchify_channels_first, **shared)
+        return (create or create_loader)(copy.copy(dataset), self.shape(size), **shared)
+
+    def _augmentation(self) -> Dict[str, Any]:
+        args = self.args
+        own = self.config['interpolation']
+        return dict(
+            is_training=True, no_aug=args.no_aug, re_prob=args.reprob, re_mode=args.remode, re_count=args.recount,
+            re_split=args.resplit, train_crop_mode=args.train_crop_mode, scale=args.scale, ratio=args.ratio,
+            hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter,
+            color_jitter_prob=args.color_jitter_prob,
+            grayscale_prob=args.grayscale_prob, gaussian_blur_prob=args.gaussian_blur_prob, auto_augment=args.aa,
+            interpolation=own if args.no_aug else args.train_interpolation or own, worker_seeding=args.worker_seeding)
+
+
+class Data(EvaluationData):
+    """The data sets of a training run, and its loaders.
+
+    Args:
+        args: The arguments.
+        model: Tells the number of classes and the preprocessing.
+        accelerator: Owns devices and processes.
+    """
+
+    def __init__(self, args: argparse.Namespace, model: Any, accelerator: Accelerator) -> None:
+        super().__init__(args, model, accelerator)
         self.regime = fit_regime(args, model, self.config['input_size'])
-        self.patch_size = None
         if args.naflex_loader:
             if not hasattr(model, 'get_patch_size'):
                 raise UsageError(f'--naflex-loader needs a NaFlex model such as naflexvit_base_patch16_gap, and '
                                  f'{args.model} is none')
             self.patch_size = model.get_patch_size()
-        self.train, self.validation = self._create_datasets(args.num_classes)
+        self.open(train=True, validation=bool(args.val_split))
+        with refusing():
+            check_classes(self.train, self.validation, args.num_classes)
         self.mixup_fn: Optional[Mixup] = None  # for batches that no loader mixes
         self.loader = self._train_loader()
-        self._validation_loaders: Dict[int, Any] = {}
         if self.validation is not None:
             with refusing('cannot load the validation images'):
                 self.validation_loader(self.base_size)
@@ -86,6 +207,9 @@ class Data:
         if args.train_img_sizes:
             self.mean_batch = self.loader.batch_sampler.average_batch_size
         self.num_steps = self.start_epoch(0).num_steps  # of every epoch
+
+    def _resolve_config(self, model: Any) -> Dict[str, Any]:
+        return resolve_data_config(vars(self.args), model=model)
 
     @property
     def sizes(self) -> Tuple[int, ...]:
@@ -137,22 +261,6 @@ class Data:
                 self.validation, size, args.validation_batch_size or args.batch_size, **options)
         return self._validation_loaders[size]
 
-    def calibration_loader(self, size: int) -> Any:
-        """Training images at one size in equal batches, augmented as in training.
-
-        The same ones each time; only data that streams, or images that are not square, are drawn by timm's loader.
-        """
-        planned = {}
-        if not isinstance(self.train, IterableDataset) and self.height_width == [self.base_size] * 2:
-            planned = dict(regime=Regime.fixed(size, batch_size=self.args.batch_size), seed=self.args.seed)
-        augmentation = self._augmentation()
-        if self.regime is not None:
-            regularization = SizeRegularization(self.args.mixsize_reg, self.base_size)
-            augmentation.update(regularization.augmentation(
-                size, augmentation['auto_augment'], augmentation['color_jitter']))
-        return self._loader(self.train, size, self.args.batch_size, persistent_workers=False, **planned,
-                            **augmentation)
-
     def describe(self) -> None:
         """Log what is trained on, and at which sizes."""
         if self.args.dataset == DIGITS:
@@ -178,31 +286,6 @@ class Data:
             _logger.info('mixup and cutmix mix pairs: every batch is rounded to an even number')
         for line in warnings:
             _logger.warning(line)
-
-    def _create_datasets(self, num_classes: int) -> Tuple[Any, Any]:
-        args = self.args
-        options: Dict[str, Any] = dict(
-            class_map=args.class_map, download=args.dataset_download, batch_size=args.batch_size, seed=args.seed,
-            input_img_mode=args.input_img_mode or ('RGB' if self.channels == 3 else 'L'), input_key=args.input_key,
-            target_key=args.target_key, trust_remote_code=args.dataset_trust_remote_code)
-        if args.task == 'multilabel':
-            dense = args.target_format == 'multihot'
-            options['target_transform'] = MultiLabelTarget(num_classes, dense=dense)
-            options['target_format'] = args.target_format if dense else None
-        with refusing():
-            train = create_dataset(args.dataset, args.data_dir, args.train_split, is_training=True,
-                                   num_samples=args.train_num_samples, repeats=args.epoch_repeats, **options)
-            for name in ('epoch_repeats', 'train_num_samples', 'val_num_samples'):
-                if getattr(args, name) and not isinstance(train, IterableDataset):
-                    raise ValueError(f'--{name.replace("_", "-")} is for data that streams: leave it out')
-            validation = None
-            if args.val_split:
-                validation = create_dataset(args.dataset, args.data_dir, args.val_split,
-                                            num_samples=args.val_num_samples, **options)
-                if args.val_split != args.train_split:
-                    check_splits(train, validation, args.val_split)
-            check_classes(train, validation, num_classes)
-        return train, validation
 
     def _train_loader(self) -> Any:
         args = self.args
@@ -263,28 +346,3 @@ class Data:
                 batch_schedule_spread=args.train_size_schedule_spread,
                 batch_schedule_random_mix=args.train_size_random_mix, num_batches=args.train_batches_per_epoch)
         return dict(use_multi_epochs_loader=args.use_multi_epochs_loader, **repeats)
-
-    def _loader(self, dataset: Any, size: int, batch_size: int, **kwargs: Any) -> Any:
-        """A loader at one base size with what all loaders of the run share."""
-        args = self.args
-        height_width = self.height_width if size == self.base_size else (size, size)
-        shared: Dict[str, Any] = dict(
-            batch_size=batch_size, mean=self.config['mean'], std=self.config['std'], num_workers=args.workers,
-            pin_memory=args.pin_mem, device=self.accelerator.device, use_prefetcher=not args.no_prefetcher,
-            img_dtype=model_dtype(args) or torch.float32, distributed=self.accelerator.num_processes > 1)
-        shared.update(kwargs)
-        if args.naflex_loader:
-            return create_naflex_loader(copy.copy(dataset), channels=self.channels,
-                                        patchify_channels_last=not args.naflex_patchify_channels_first, **shared)
-        return create_loader(copy.copy(dataset), (self.channels, *height_width), **shared)
-
-    def _augmentation(self) -> Dict[str, Any]:
-        args = self.args
-        own = self.config['interpolation']
-        return dict(
-            is_training=True, no_aug=args.no_aug, re_prob=args.reprob, re_mode=args.remode, re_count=args.recount,
-            re_split=args.resplit, train_crop_mode=args.train_crop_mode, scale=args.scale, ratio=args.ratio,
-            hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter,
-            color_jitter_prob=args.color_jitter_prob,
-            grayscale_prob=args.grayscale_prob, gaussian_blur_prob=args.gaussian_blur_prob, auto_augment=args.aa,
-            interpolation=own if args.no_aug else args.train_interpolation or own, worker_seeding=args.worker_seeding)

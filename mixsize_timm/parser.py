@@ -18,14 +18,14 @@ class _KeyValues(ParseKwargs):
         super().__call__(parser, namespace, values, option_string)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:  # one line, where argparse would print the whole usage first
         raise UsageError(f'{message} (--help lists the arguments)')
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the training command; what it cannot parse is a :class:`UsageError`."""
-    parser = _Parser(
+    parser = Parser(
         prog='mixsize_timm.train',
         description='Train a timm model at mixed image sizes. Without a data set it trains on scikit-learn\'s digits.',
         epilog='Launch with "accelerate launch -m mixsize_timm.train ..." or "python -m mixsize_timm.train ...".')

@@ -250,6 +250,45 @@ class MixSizeBatchSampler(Sampler[Group]):
         return len(self._plan)  # every epoch's
 
 
+class DealtBatchSampler(Sampler[Group]):
+    """Batches of one size from the images in a fixed random order, dealt out to the processes in turn.
+
+    So any number of processes sees the same batches. The last one may be shorter, and a process may have one less
+    than others.
+
+    Args:
+        num_images: Images in the data set.
+        size: Image size in pixels.
+        batch_size: Images of a batch.
+        num_batches: Batches over all processes, at most one epoch; by default all of it.
+        seed: Seed of the order.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+            self,
+            num_images: int,
+            size: int,
+            batch_size: int,
+            num_batches: Optional[int] = None,
+            seed: int = 42,
+            rank: int = 0,
+            world_size: int = 1,
+    ) -> None:
+        order = np.random.default_rng(seed).permutation(num_images)
+        starts = np.arange(0, num_images, batch_size)[:num_batches][rank::world_size]
+        self.groups = [
+            Group(size, batch=len(images), duplicates=1, step=0, weight=1., ends_step=True, epoch=0, images=images)
+            for images in (order[start:start + batch_size] for start in starts)]
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+
 def describe_plan(regime: Regime, num_images: int, world_size: int = 1, drop: str = 'tail') -> Tuple[str, List[str]]:
     """What a regime makes of a data set: a table of the sizes, and what the user should be warned of.
 

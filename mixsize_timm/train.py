@@ -1,12 +1,13 @@
 """Train a timm model at mixed image sizes: ``accelerate launch -m mixsize_timm.train --model resnet50``."""
 import argparse
 import glob
-import json
 import logging
 import math
 import os
 import pickle
 import sys
+import time
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -16,13 +17,14 @@ import yaml
 from accelerate.utils import gather_object
 from timm.models import safe_model_name
 from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
-from timm.utils import distribute_bn, random_seed, setup_default_logging, unwrap_model
+from timm.utils import distribute_bn, random_seed, unwrap_model
 from timm.utils.summary import trim_summary, update_summary
 from torch import nn
 
 from .args import ARGS_FILE, model_dtype, output_folder, parse_args
-from .build import create_accelerator, create_batch_scale, create_model, create_schedule, create_task, scale_lr
-from .calibration import calibrate, calibrated_layers, warn_of_unserved
+from .bn_stats import BN_STATS_FILE, BatchNormStats, fingerprint
+from .build import create_accelerator, create_batch_scale, create_schedule, create_task, scale_lr
+from .calibration import calibrated_layers, warn_of_unserved
 from .checkpoint import (
     LAST,
     RECOVERY,
@@ -36,39 +38,33 @@ from .checkpoint import (
     set_random_state,
 )
 from .engine import train_one_epoch, validate
-from .errors import UsageError, refusing
+from .errors import UsageError, refusing, run_command
 from .loaders import Data
+from .measure import measure_sizes, training_cost
+from .models import create_model
 from .regularization import SizeRegularization
+from .report import METRIC_NAMES, SIZES_FILE, format_table, make_curves, write_sizes
 from .smoothing import GradientSmoother
 from .trackers import log_sizes, open_trackers
 
 _logger = logging.getLogger(__name__)
 
-SIZES_FILE = 'sizes.json'
 SUMMARY_FILE = 'summary.csv'
 
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command; the exit code is 0, 2 for what the user can mend, 130 after Ctrl-C."""
-    first = os.environ.get('LOCAL_RANK', '0') == '0'
-    if not logging.root.handlers:  # a caller's own logging is left alone
-        setup_default_logging(logging.INFO if first else logging.WARNING)
-    training = None
-    try:
-        training = Training(parse_args(argv))
-        training.run()
-    except UsageError as error:
-        if first:
-            print(f'mixsize_timm.train: error: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        if first:
-            folder = training.folder if training else 'FOLDER'
-            print(f'\nmixsize_timm.train: stopped; --resume {folder} continues after the last finished epoch',
-                  file=sys.stderr)
-        return 130
-    return 0
+    started: List[Training] = []
+
+    def run() -> None:
+        started.append(Training(parse_args(argv)))
+        started[0].run()
+
+    def stopped() -> str:
+        return f'--resume {started[0].folder if started else "FOLDER"} continues after the last finished epoch'
+
+    return run_command('mixsize_timm.train', run, stopped)
 
 
 class Training:
@@ -95,6 +91,7 @@ class Training:
             raise UsageError(f'--stop-epoch {self.stop_epoch} is behind the last of {self.num_epochs} epochs')
         self.start_epoch = 0
         self.best: Optional[float] = None
+        self.cost: Dict[str, Any] = {'samples': Counter(), 'steps': 0, 'seconds': 0.}  # of the finished epochs
         self.folder = self._choose_folder()
         self.history = CheckpointHistory(self.folder, args.checkpoint_hist)
         if args.resume:
@@ -140,6 +137,7 @@ class Training:
                 self._save(RECOVERY, self._state(epoch))  # the epoch is trained again
 
         plan = self.data.start_epoch(epoch)
+        start, samples = time.perf_counter(), Counter[Tuple[int, ...]]()
         with _compile_limit() if args.torchcompile else nullcontext():
             metrics = train_one_epoch(
                 epoch, self.task, self.data.loader, plan, self.optimizer, accelerator, smoother=self.smoother,
@@ -148,7 +146,10 @@ class Training:
                 batch_scale=create_batch_scale(args, self.data, accelerator), clip_grad=args.clip_grad,
                 clip_mode=args.clip_mode, channels_last=args.channels_last, model_dtype=model_dtype(args),
                 synchronize_step=args.synchronize_step, log_interval=args.log_interval,
-                save_images=self.folder if args.save_images else '', on_step=recover)
+                save_images=self.folder if args.save_images else '', on_step=recover, samples=samples)
+        self.cost['samples'] += samples
+        self.cost['steps'] += plan.num_steps
+        self.cost['seconds'] += time.perf_counter() - start
         if self.regularization:
             self.regularization.set_size(self.data.base_size)
         if args.torchcompile:
@@ -199,7 +200,7 @@ class Training:
             if name == 'ema' and self.args.model_ema_force_cpu:
                 continue
             if calibrating:
-                used[name] = self._calibrated(model, size, self.args.calibrate_val)
+                used[name] = self.data.calibrate(model, size, self.args.calibrate_val)
             if self.data.validation is None:
                 continue
             own = metrics = self._evaluate(model, size)
@@ -212,43 +213,57 @@ class Training:
         return used, metrics
 
     def _report_sizes(self) -> None:
-        """Evaluate the final weights at every size of the regime; a table on the terminal and ``sizes.json``."""
+        """Measure the final weights at every size of the regime, and keep the statistics for each beside them."""
+        sizes = self.data.regime.sizes if self.data.regime else (self.data.base_size,)
+        model = self._used_model()
+        stats = BatchNormStats(fingerprint(model))
+        if self.data.validation is not None:
+            self._report(self.measure(sizes, stats))
+        elif self.data.regime and self.args.calibrate and calibrated_layers(model):
+            for size in sizes:
+                stats.add(size, self.data.calibrate(model, size, self.args.calibrate))
+        last = os.path.join(self.folder, LAST)
+        if not self.accelerator.is_main_process:
+            return
+        if self.data.regime and stats.sizes and os.path.isdir(last):
+            stats.save(os.path.join(last, BN_STATS_FILE))
         if self.data.validation is None:
             _logger.info('No validation split, so no accuracy is reported; the run is in %s', self.folder)
-            return
-        calibrated = bool(self.args.calibrate and calibrated_layers(self.model))
-        if self.args.calibrate and not calibrated:
+
+    def _report(self, results: List[Dict[str, Any]]) -> None:
+        args, calibrated = self.args, bool(self.args.calibrate and calibrated_layers(self.model))
+        if args.calibrate and not calibrated:
             warn_of_unserved(self.model)
-        results = self.measure(self.data.regime.sizes if self.data.regime else (self.data.base_size,))
         if self.accelerator.is_main_process:
-            regime = self.data.regime.to_dict() if self.data.regime else None
-            _write_text(os.path.join(self.folder, SIZES_FILE),
-                        json.dumps({'results': results, 'regime': regime}, indent=2) + '\n')
-            print(_sizes_table(results, self.args.eval_metric, calibrated))
+            checkpoint = {
+                'name': os.path.basename(self.folder), 'checkpoint': self.folder, 'model': args.model,
+                'calibrated': args.calibrate if calibrated else 0,
+                'training': training_cost(self.model, self._cost_state(), self.data.channels),
+                'regime': self.data.regime.to_dict() if self.data.regime else None, 'results': results}
+            write_sizes(os.path.join(self.folder, SIZES_FILE),
+                        {'metric': args.eval_metric, 'checkpoints': [checkpoint]})
+            print(f'\nThe final weights on {len(self.data.validation)} validation images\n')
+            print(format_table(make_curves([checkpoint], args.eval_metric), args.eval_metric))
             print(f'\nThe run is in {self.folder}')
         log_sizes(self.accelerator, results, self.stop_epoch * self.data.num_steps + 1)
 
-    def measure(self, sizes: Sequence[int]) -> List[Dict[str, float]]:
+    def measure(self, sizes: Sequence[int], stats: Optional[BatchNormStats] = None) -> List[Dict[str, Any]]:
         """Metrics at each size of the model, or its moving average where that is validated.
 
-        As it is used, calibrated, and with its running statistics beside.
+        As it is used, calibrated, and with its running statistics beside. ``stats`` gets the statistics.
         """
-        model = self.ema if self.ema is not None and not self.args.model_ema_force_cpu else self.model
-        results = []
-        for size in sizes:
-            own = self._evaluate(model, size)
-            used = own
-            if self.args.calibrate and calibrated_layers(model):
-                used = self._evaluate(self._calibrated(model, size, self.args.calibrate), size)
-            results.append({'img_size': size, **used, **{f'{k}_uncalibrated': v for k, v in own.items()}})
-        return results
+        model = self._used_model()
 
-    def _calibrated(self, model: nn.Module, size: int, num_batches: int) -> nn.Module:
-        with self.accelerator.autocast():
-            model = calibrate(model, self.data.calibration_loader(size), num_batches)
-        if self.accelerator.num_processes > 1:
-            distribute_bn(model, self.accelerator.num_processes, reduce=True)
-        return model
+        def calibrate(model: nn.Module, size: int) -> nn.Module:
+            return self.data.calibrate(model, size, self.args.calibrate)
+
+        return measure_sizes(
+            model, sizes, self._evaluate, calibrate if self.args.calibrate and calibrated_layers(model) else None,
+            num_images=len(self.data.validation), shape=self.data.shape, stats=stats)
+
+    def _used_model(self) -> nn.Module:
+        """The moving average where it is validated, else the model."""
+        return self.ema if self.ema is not None and not self.args.model_ema_force_cpu else self.model
 
     def _evaluate(self, model: nn.Module, size: int) -> Dict[str, float]:
         # torch's loaders draw from the global generator; only with --mixsize off shall training feel it, as timm's does
@@ -323,7 +338,11 @@ class Training:
             'scaler': scaler.state_dict() if scaler else None,
             'plateau': self.lr_scheduler.lr_scheduler.state_dict() if self.args.sched == 'plateau' else None,
             'random': gather_object([random_state()]),
+            'cost': self._cost_state(),
         }
+
+    def _cost_state(self) -> Dict[str, Any]:
+        return {**self.cost, 'samples': [[*size, number] for size, number in sorted(self.cost['samples'].items())]}
 
     def _save(self, name: str, state: Dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
@@ -349,6 +368,9 @@ class Training:
         else:
             _logger.warning('The run was saved by %d processes: random states start afresh', len(state['random']))
         self.start_epoch = state['epoch']
+        if 'cost' in state:
+            self.cost = {**state['cost'], 'samples': Counter({
+                (height, width): number for height, width, number in state['cost']['samples']})}
         in_place = os.path.realpath(self.folder) == os.path.realpath(run_folder(path))
         if in_place and state.get('metric') == self._metric:  # else another folder's best, or of another scale
             self.best = state['best']
@@ -392,26 +414,9 @@ def _compile_limit() -> Iterator[None]:
                          '--torchcompile for this model') from error
 
 
-_NAMES = {'top1': 'top-1', 'top5': 'top-5', 'map': 'mAP'}
-
-
 def _summary(metrics: Dict[str, float]) -> str:
-    text = [f'{_NAMES.get(name, name)} {value:.2f}' for name, value in metrics.items() if name != 'loss']
+    text = [f'{METRIC_NAMES.get(name, name)} {value:.2f}' for name, value in metrics.items() if name != 'loss']
     return '  '.join([*text, f'loss {metrics["loss"]:.4f}'])
-
-
-def _sizes_table(results: List[Dict[str, float]], metric: str, calibrated: bool) -> str:
-    columns = {'calibrated': metric, 'running statistics': f'{metric}_uncalibrated'}
-    title = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}.get(metric, _NAMES.get(metric, metric))
-    if not calibrated:
-        del columns['calibrated']
-    rows: List[List[Any]] = [[row['img_size'], *(row[key] for key in columns.values())] for row in results]
-    rows.append(['mean', *(sum(column) / len(rows) for column in list(zip(*rows))[1:])])
-    unit = '' if metric == 'loss' else ', in per cent'
-    lines = [f'\n{title} of the final weights on the validation images{unit}\n', '  '.join([' img_size', *columns])]
-    lines += ['  '.join([f'{size:>9}', *(f'{x:>{len(name)}.2f}' for name, x in zip(columns, values))])
-              for size, *values in rows]
-    return '\n'.join(lines)
 
 
 def _write_text(path: str, text: str) -> None:

@@ -133,7 +133,8 @@ class Built:
         """How many batches each calibration takes in a measurement."""
         batches = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, 'calibrate', lambda model, loader, count: batches.append(count) or model)
+            patch.setattr(loaders, 'create_calibration_loader', lambda dataset, input_size, num_batches, **kwargs: (
+                batches.append(num_batches) or torch.zeros(1, 4, *input_size)))
             measure(self.training)
         return batches
 

@@ -14,8 +14,8 @@ from timm.utils.agc import unitwise_norm
 from torch import nn
 
 from mixsize_timm import GradientSmoother, Regime, create_loader, train
-from mixsize_timm.build import create_model
 from mixsize_timm.errors import UsageError
+from mixsize_timm.models import create_model
 from mixsize_timm.sampler import EpochPlan
 
 TINY = ['--model', 'test_resnet', '-j', '0', '-b', '8', '--lr', '0.01', '--warmup-epochs', '0', '--img-size', '32',
@@ -53,7 +53,7 @@ def test_the_moving_average_is_what_is_validated_and_best(run):
     assert raw.keys() == average.keys()
     assert any(not torch.equal(raw[name], average[name]) for name in raw if name.endswith('conv1.weight'))
     with torch.no_grad():  # the summary is of the average: of the last epoch, calibrated
-        used = training._calibrated(training.ema, 32, training.args.calibrate_val)
+        used = training.data.calibrate(training.ema, 32, training.args.calibrate_val)
     metrics = training._evaluate(used, 32)
     assert float(summary(folder)[-1]['eval_loss']) == pytest.approx(metrics['loss'], abs=1e-6)
 
@@ -208,7 +208,8 @@ def test_multi_label_targets_train_with_their_own_loss_and_metrics(run, monkeypa
     row = summary(folder)[-1]
     assert {'eval_map', 'eval_micro_f1', 'eval_macro_f1', 'eval_sample_f1'} <= row.keys() and 'eval_top1' not in row
     assert type(training.task.criterion).__name__ == 'BinaryCrossEntropy' and training.args.eval_metric == 'map'
-    assert {'map', 'map_uncalibrated'} <= json.loads((folder / 'sizes.json').read_text())['results'][0].keys()
+    assert {'map', 'map_uncalibrated'} <= json.loads(
+        (folder / 'sizes.json').read_text())['checkpoints'][0]['results'][0].keys()
 
 
 @pytest.mark.parametrize('off', [False, True])

@@ -64,7 +64,7 @@ def test_tensorboard_has_every_step(tracked):
 
 
 def test_tensorboard_has_accuracy_against_size(tracked):
-    results = json.loads((tracked / 'run' / 'sizes.json').read_text())['results']
+    results = json.loads((tracked / 'run' / 'sizes.json').read_text())['checkpoints'][0]['results']
     curve = scalars(tracked)['sizes/top1']
     assert curve == pytest.approx({row['img_size']: row['top1'] for row in results}, rel=1e-5)
 
@@ -82,7 +82,7 @@ def test_wandb_has_steps_summary_and_the_table_of_sizes(tracked):
 
 
 def test_wandb_keeps_them_offline_with_project_and_tags(tracked):
-    results = json.loads((tracked / 'run' / 'sizes.json').read_text())['results']
+    results = json.loads((tracked / 'run' / 'sizes.json').read_text())['checkpoints'][0]['results']
     tables = [json.loads(path.read_text()) for path in (tracked / 'wandb').rglob('sizes_*.table.json')]
     assert [list(row.values()) for row in results] in [table['data'] for table in tables]
     assert list((tracked / 'wandb').glob('offline-run-*/*.wandb'))

@@ -42,10 +42,15 @@ def summary(folder):
     return list(csv.DictReader((folder / 'summary.csv').open()))
 
 
+def sizes(folder):
+    document = json.loads((folder / 'sizes.json').read_text())
+    return document['checkpoints'][0]
+
+
 def test_a_run_leaves_what_it_says(tmp_path, image_folder, capsys, caplog):
     with caplog.at_level('INFO'):
         folder = folder_run(tmp_path, image_folder, '--epochs', 2)
-    results = json.loads((folder / 'sizes.json').read_text())['results']
+    results = sizes(folder)['results']
     assert [row['img_size'] for row in results] == [16, 24, 32, 48]
     assert all({'top1', 'top1_uncalibrated', 'top5', 'loss'} <= row.keys() for row in results)
     assert [row['epoch'] for row in summary(folder)] == ['0', '1']
@@ -55,7 +60,7 @@ def test_a_run_leaves_what_it_says(tmp_path, image_folder, capsys, caplog):
     model = timm.create_model('test_resnet', num_classes=2)
     model.load_state_dict(load_file(folder / 'best' / 'model.safetensors'))
     out = capsys.readouterr().out
-    assert 'img_size  calibrated  running statistics' in out and str(folder) in out
+    assert 'img_size  top-1 calibrated  95 % interval  top-1 own statistics' in out and str(folder) in out
     assert ' size  share   batch  dup  batches' in caplog.text and 'Train 1 [' in caplog.text and 'norm' in caplog.text
     assert 'Validation 1  32 px  calibrated' in caplog.text
 
@@ -95,7 +100,10 @@ def test_a_resumed_run_gives_the_same_numbers(tmp_path, image_folder, monkeypatc
 
     assert_same_weights(straight, tmp_path / 'stopped')
     assert summary(straight) == summary(tmp_path / 'stopped')
-    assert (straight / 'sizes.json').read_text() == (tmp_path / 'stopped' / 'sizes.json').read_text()
+    one, two = sizes(straight), sizes(tmp_path / 'stopped')
+    assert one['results'] == two['results']
+    for cost in ('steps', 'images', 'megapixels', 'gmacs'):  # of both parts together
+        assert one['training'][cost] == two['training'][cost] > 0
 
 
 def test_off_equals_a_plain_loop_of_timm(tmp_path, monkeypatch):
@@ -315,7 +323,7 @@ def test_another_optimizer_trains_the_digits(tmp_path, opt):
 def test_without_calibration_one_column_is_shown(tmp_path, image_folder, capsys):
     folder_run(tmp_path, image_folder, '--epochs', 1, '--calibrate', 0)
     out = capsys.readouterr().out
-    assert 'img_size  running statistics' in out and 'calibrated' not in out
+    assert 'img_size  top-1  95 % interval' in out and 'calibrated' not in out and 'own statistics' not in out
 
 
 def test_the_embedded_data_set_says_so(tmp_path, caplog):
@@ -350,4 +358,4 @@ def test_streaming_data_train_with_mixsize_off_only(tmp_path, image_folder, caps
     options = ['--dataset', 'hfids/streaming', '--num-classes', 10, '-b', 8, '--epochs', 1]
     assert 'use --mixsize off' in error_of(capsys, *options)
     folder = run(tmp_path, *options, '--mixsize', 'off')
-    assert json.loads((folder / 'sizes.json').read_text())['results'][0]['img_size'] == 32
+    assert sizes(folder)['results'][0]['img_size'] == 32

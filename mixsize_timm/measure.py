@@ -1,0 +1,159 @@
+"""What a model does at an image size: accuracy and its interval, operations, speed."""
+import copy
+import math
+import time
+from contextlib import nullcontext
+from statistics import median
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .bn_stats import BatchNormStats
+
+Z_95 = 1.959964  # of the normal distribution: 95 % lie within so many deviations
+
+
+def measure_sizes(
+        model: nn.Module,
+        sizes: Sequence[int],
+        validate: Callable[[nn.Module, int], Dict[str, float]],
+        calibrate: Optional[Callable[[nn.Module, int], nn.Module]] = None,
+        *,
+        num_images: int,
+        shape: Callable[[int], Tuple[int, int, int]],
+        stats: Optional[BatchNormStats] = None,
+) -> List[Dict[str, Any]]:
+    """Metrics of a model at each of several image sizes.
+
+    Args:
+        model: The model.
+        sizes: Image sizes in pixels.
+        validate: Gives the metrics of a model at a size: accuracies in per cent, and ``loss``.
+        calibrate: Gives the model calibrated for a size; without it only the model's own statistics are used.
+        num_images: Images that are validated on.
+        shape: Gives the channels, height and width of an image of a size.
+        stats: Gets the statistics of each calibrated size.
+
+    Returns:
+        A row for each size: ``img_size``, ``images``, ``gmacs``, the metrics as the model is used, and with
+        ``_uncalibrated`` behind their names those with its own statistics; of ``top1`` and ``top5`` with ``_low`` and
+        ``_high`` the ends of the 95 % interval.
+    """
+    rows = []
+    for size in sizes:
+        own = used = validate(model, size)
+        if calibrate is not None:
+            calibrated = calibrate(model, size)
+            used = validate(calibrated, size)
+            if stats is not None:
+                stats.add(size, calibrated)
+        row = {'img_size': size, 'images': num_images, 'gmacs': count_gmacs(model, shape(size)), **used}
+        for name in ('top1', 'top5'):
+            if name in used:
+                row[f'{name}_low'], row[f'{name}_high'] = accuracy_interval(used[name], num_images)
+        rows.append({**row, **{f'{name}_uncalibrated': value for name, value in own.items()}})
+    return rows
+
+
+def accuracy_interval(accuracy: float, num_images: int) -> Tuple[float, float]:
+    """The 95 % interval of an accuracy in per cent, by the rule of Wilson (JASA 22, 1927), in per cent.
+
+    It says how far the accuracy on further images of the same kind may lie from that on these ``num_images``, not how
+    much another training run would differ.
+    """
+    if num_images < 1:
+        return 0., 100.
+    share, z2 = accuracy / 100, Z_95**2 / num_images
+    centre = (share + z2 / 2) / (1 + z2)
+    half = Z_95 / (1 + z2) * math.sqrt(share * (1 - share) / num_images + z2 / (4 * num_images))
+    return 100 * max(0., centre - half), 100 * min(1., centre + half)
+
+
+@torch.inference_mode()
+def count_gmacs(model: nn.Module, input_size: Tuple[int, int, int] = (3, 224, 224)) -> float:
+    """Billions of multiply-accumulates of one image's forward pass.
+
+    Half the operations that PyTorch's ``FlopCounterMode`` counts: those of convolutions, matrix products and
+    attention, without what is done element by element. The pass runs on the meta device, without arithmetic, where
+    the model works there, else on a copy on the CPU.
+
+    Args:
+        model: The model; it is not touched.
+        input_size: Channels, height and width of the image.
+    """
+    for device in ('meta', 'cpu'):
+        counter = FlopCounterMode(display=False)
+        probe: Any = copy.deepcopy(model).to(device=device, dtype=torch.float32).eval()
+        try:
+            with counter:
+                probe(torch.zeros(1, *input_size, device=device))
+        except Exception:  # whatever it is that a model cannot do on the meta device
+            if device == 'cpu':
+                raise
+            continue
+        break
+    return counter.get_total_flops() / 2e9
+
+
+def training_cost(model: nn.Module, cost: Dict[str, Any], in_chans: int = 3) -> Dict[str, float]:
+    """What a training run cost.
+
+    Args:
+        model: The model.
+        cost: ``samples``, lists of height, width and the number of images trained at it; ``steps`` and ``seconds``.
+        in_chans: Channels of the images.
+
+    Returns:
+        ``steps``, ``seconds``, ``images`` with duplicates, ``megapixels``, and ``gmacs``: billions of
+        multiply-accumulates, three times those of the forward pass for each image.
+    """
+    samples = [(height, width, number) for height, width, number in cost['samples']]
+    return {
+        'steps': cost['steps'], 'seconds': cost['seconds'], 'images': sum(number for *_, number in samples),
+        'megapixels': sum(height * width * number for height, width, number in samples) / 1e6,
+        'gmacs': 3 * sum(number * count_gmacs(model, (in_chans, height, width)) for height, width, number in samples)}
+
+
+@torch.inference_mode()
+def measure_speed(
+        model: nn.Module,
+        images: torch.Tensor,
+        *,
+        autocast: Callable[[], ContextManager] = nullcontext,
+        seconds: float = 1.,
+) -> Dict[str, float]:
+    """Speed of a model's forward pass on the device that it is on.
+
+    Args:
+        model: The model, in evaluation mode.
+        images: A batch ``[N, C, H, W]`` on the model's device, in its type and memory format.
+        autocast: Context of the passes.
+        seconds: How long to measure, at least three passes, behind a warm-up.
+
+    Returns:
+        ``images_per_second`` with the whole batch, and ``latency_ms``, the median milliseconds of a batch of one.
+    """
+    result = {}
+    for batch in (images, images[:1]):
+        times: List[float] = []
+        warm_up = 2
+        while len(times) < warm_up + 3 or sum(times[warm_up:]) < seconds:
+            _synchronize(images.device)
+            start = time.perf_counter()
+            with autocast():
+                model(batch)
+            _synchronize(images.device)
+            times.append(time.perf_counter() - start)
+        times = times[warm_up:]
+        if batch is images:
+            result['images_per_second'] = len(images) * len(times) / sum(times)
+        else:
+            result['latency_ms'] = 1000 * median(times)
+    return result
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
