@@ -34,12 +34,12 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = build_parser()
     given = parser.parse_args(argv)
     stated_here = _stated(argv)
-    configured = _read_yaml(given.config) if given.config else {}
+    configured = read_yaml(given.config) if given.config else {}
     resume = _resume_from(*(getattr(given, name) or configured.get(name) or ''
                             for name in ('resume', 'output', 'experiment')))
     layers: List[Dict[str, Any]] = [configured]
     if os.path.isdir(resume):
-        resumed = _read_yaml(os.path.join(run_folder(resume), ARGS_FILE))
+        resumed = read_yaml(os.path.join(run_folder(resume), ARGS_FILE))
         own = ('resume', 'no_resume_opt', 'output', 'experiment', 'start_epoch', 'stop_epoch',
                'wandb_resume_id')  # of that start only
         layers.insert(0, {key: value for key, value in resumed.items() if key not in own})
@@ -89,7 +89,8 @@ def _recipe(name: str) -> Dict[str, Any]:
     return yaml.safe_load(folder.joinpath(f'{name}.yaml').read_text(encoding='utf-8'))
 
 
-def _read_yaml(path: str) -> Dict[str, Any]:
+def read_yaml(path: str) -> Dict[str, Any]:
+    """The arguments in a YAML file."""
     try:
         with open(path, encoding='utf-8') as file:
             values = yaml.safe_load(file)

@@ -79,8 +79,17 @@ class BatchNormStats:
         for name, tensor in statistics.items():
             buffers[name].copy_(tensor)
 
-    def save(self, path: str) -> None:
-        """Write the file; one that stood there is replaced when the new one is whole."""
+    def save(self, path: str, *, keep_others: bool = False) -> None:
+        """Write the file; one that stood there is replaced when the new one is whole.
+
+        Args:
+            path: The file.
+            keep_others: Keep the sizes of a file that stood there and is of the same weights.
+        """
+        if keep_others and os.path.exists(path):
+            there = BatchNormStats.load(path)
+            if there.weights == self.weights:
+                self.by_size = {**there.by_size, **self.by_size}
         tensors = {f'{size}/{name}': tensor for size, statistics in self.by_size.items()
                    for name, tensor in statistics.items()}
         save_file(tensors, path + '.new', metadata={
@@ -113,8 +122,10 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if name.rpartition('.')[2] not in _NOT_WEIGHTS:
-            digest.update(f'{name} {tuple(tensor.shape)} {tensor.dtype}'.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            tensor = tensor.detach().cpu()
+            tensor = tensor.float() if tensor.is_floating_point() else tensor  # a copy in another type is the same
+            digest.update(f'{name} {tuple(tensor.shape)}'.encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -131,12 +142,12 @@ def model_at(model: nn.Module, img_size: Optional[int]) -> nn.Module:
     Raises:
         ValueError: The model has no statistics beside its own.
     """
-    if calibrated_layers(model):  # else nothing depends on the size
-        if not isinstance(getattr(model, 'bn_stats', None), BatchNormStats):
-            raise ValueError('the model has no statistics for other sizes: take it from mixsize_timm.load, and make '
-                             'them with mixsize calibrate')
-        stats: Any = model.bn_stats
+    stats: Any = getattr(model, 'bn_stats', None)
+    if stats is not None:
         stats.apply(model, img_size)
+    elif calibrated_layers(model):  # else nothing depends on the size
+        raise ValueError('the model has no statistics for other sizes: take it from mixsize_timm.load, and make them '
+                         'with mixsize calibrate')
     if img_size is not None:
         set_input_size(model, img_size)
     return model

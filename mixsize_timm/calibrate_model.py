@@ -1,5 +1,6 @@
 """Batch-norm statistics for many sizes, kept beside a model's weights: ``mixsize calibrate MODEL --sizes ...``."""
 import argparse
+import copy
 import os
 import sys
 import tempfile
@@ -11,7 +12,8 @@ from timm.utils import random_seed
 from .args import model_dtype
 from .bn_stats import BN_STATS_FILE, BatchNormStats, fingerprint
 from .calibration import calibrated_layers, warn_of_unserved
-from .errors import UsageError, refusing, run_command
+from .checkpoint import MODEL_FILE, STATE_JSON
+from .errors import UsageError, check_writable, refusing, run_command
 from .models import CONFIG_FILE, find_checkpoint
 from .subject import Subject, create_parser, model_arguments, start_accelerator
 
@@ -31,7 +33,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = create_parser(
         'mixsize_timm.calibrate_model',
         'Calibrate batch norm for many image sizes, on training images, which need no labels, and keep the statistics '
-        f'in {BN_STATS_FILE} beside the weights, for mixsize_timm.load(MODEL, img_size=...).', validation=False)
+        f'in {BN_STATS_FILE} beside the weights, for mixsize_timm.load(MODEL, img_size=...).', evaluation=False)
     parser.add_argument('checkpoint', metavar='MODEL',
                         help='a run\'s folder or a checkpoint in it, a folder in hub layout, a .safetensors or timm '
                              '.pth file, hf-hub:NAME, local-dir:DIR, or a timm model, whose trained weights are meant')
@@ -70,12 +72,13 @@ class Calibration:
         self.folder = self.found.folder if self.beside else args.output or os.path.join(
             'output', 'calibrate', safe_model_name(args.checkpoint))
         self._look_around()
+        check_writable(self.folder)
         self.data.open(train=True, validation=False)
 
     def _look_around(self) -> None:
         """Find what stands where the statistics will; those of other sizes are kept."""
         path = os.path.join(self.folder, BN_STATS_FILE)
-        if self.beside and os.path.exists(path):
+        if os.path.exists(path):
             with refusing():
                 there = BatchNormStats.load(path)
             if there.weights == self.stats.weights:
@@ -85,34 +88,43 @@ class Calibration:
             again = [str(size) for size in self.sizes if size in self.stats.by_size]
             if again and not self.args.overwrite:
                 raise UsageError(f'{path} has {", ".join(again)} px already: leave them out, or --overwrite')
-        elif not self.beside and os.path.exists(os.path.join(self.folder, CONFIG_FILE)) and not self.args.overwrite:
-            raise UsageError(f'{self.folder} already holds a model: choose another --output, or --overwrite')
+        if self.beside or self.stats.by_size:  # the weights there are these
+            return
+        there_too = [name for name in (CONFIG_FILE, MODEL_FILE) if os.path.exists(os.path.join(self.folder, name))]
+        if os.path.exists(os.path.join(self.folder, STATE_JSON)):
+            raise UsageError(f'{self.folder} is a checkpoint of a run: choose another --output')
+        if there_too and not self.args.overwrite:
+            raise UsageError(f'{self.folder} already holds {there_too[0]}: choose another --output, or --overwrite')
 
     def run(self) -> None:
         """Calibrate for every size and write."""
         args = self.subject.args
         random_seed(args.seed, self.accelerator.process_index)
+        self.saved = None if self.beside else copy.deepcopy(self.model)  # in its own type
         self.model.to(device=self.accelerator.device, dtype=model_dtype(args))
         for size in self.sizes:
             self.stats.add(size, self.data.calibrate(self.model, size, self.args.calibrate))
-        if not self.accelerator.is_main_process:
-            return
+        if self.accelerator.is_main_process:
+            self._write()
+        self.accelerator.end_training()
+
+    def _write(self) -> None:
         path = os.path.join(self.folder, BN_STATS_FILE)
         with refusing(f'cannot write to {self.folder}'):
             if not self.beside:
                 self._save_model()
             self.stats.save(path)
         name = self.found.name if self.beside else self.folder
+        model = f', model={self.args.model!r}' if self.args.model and self.beside else ''
         print(f'The statistics for {", ".join(map(str, self.stats.sizes))} px are in {path} '
               f'({os.path.getsize(path) / 1e6:.2f} MB)\n'
-              f'mixsize_timm.load({name!r}, img_size={self.sizes[0]}) gives the model for {self.sizes[0]} px')
-        self.accelerator.end_training()
+              f'mixsize_timm.load({name!r}, img_size={self.sizes[0]}{model}) gives the model for {self.sizes[0]} px')
 
     def _save_model(self) -> None:
         """Write the weights as they were, and the configuration; each file is whole before it stands in its place."""
         os.makedirs(self.folder, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder) as aside:
-            model: Any = self.found.create()
+            model: Any = self.saved
             save_for_hf(model, aside, safe_serialization=True)
             for name in os.listdir(aside):
                 os.replace(os.path.join(aside, name), os.path.join(self.folder, name))

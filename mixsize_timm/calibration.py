@@ -49,7 +49,8 @@ def calibrate(
         The copy, in evaluation mode.
 
     Raises:
-        ValueError: ``num_batches`` is under 1, or the loader gave no batch to a model that needs one.
+        ValueError: ``num_batches`` is under 1, the loader gave no batch to a model that needs one, or a variance is
+            beyond what the model's type can hold.
 
     Example:
         >>> loader = timm.data.create_loader(dataset, (3, 160, 160), 64, is_training=True)
@@ -144,6 +145,9 @@ class _Moments:
         if self.population:
             var = (var + self.between / self.images) * (self.values / (self.values - 1).clamp(min=1))
         self._set(self.mean, var)
+        if not self.layer.running_var.isfinite().all():
+            raise ValueError(f'a variance is beyond {str(self.layer.running_var.dtype).split(".")[-1]}: calibrate the '
+                             'model in float32 or bfloat16')
         if getattr(self.layer, 'num_batches_tracked', None) is not None:
             self.layer.num_batches_tracked.fill_(self.batches)
         return True

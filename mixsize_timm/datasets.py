@@ -196,6 +196,18 @@ def check_splits(train: Dataset, validation: Dataset, split: str) -> None:
                          '--val-split ""')
 
 
+def check_not_train(validation: Dataset, root: Optional[str], split: str, train_split: str) -> None:
+    """The same where no training split is opened: told from the folder that it would lie in.
+
+    Raises:
+        ValueError: The images are those of the whole folder, of which the training split is a part.
+    """
+    place = _image_root(validation)
+    if place and root and train_split and os.path.realpath(place) == os.path.realpath(root) and os.path.isdir(
+            os.path.join(root, train_split)):
+        raise ValueError(f'no {split!r} split in {root!r}, only {train_split!r}: name one with --val-split')
+
+
 def _image_root(dataset: Any) -> Optional[str]:
     """The folder or tar file that holds just this split's images, where the data set is of that kind."""
     reader = getattr(dataset, 'reader', None)

@@ -26,6 +26,15 @@ def refusing(what: str = '') -> Iterator[None]:
         raise UsageError(f'{what}: {reason}' if what else reason) from error
 
 
+def check_writable(folder: str) -> None:
+    """Refuse a folder that cannot be written to, or made, before any work is done for it."""
+    place = os.path.abspath(folder)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place) or not os.access(place, os.W_OK):
+        raise UsageError(f'cannot write to {folder}: {place} is {"read-only" if os.path.isdir(place) else "a file"}')
+
+
 def run_command(name: str, run: Callable[[], None], stopped: Callable[[], str]) -> int:
     """Do a command's work; what the user can mend is said once, in one line.
 

@@ -18,15 +18,16 @@ from torch import nn
 
 from ._version import __version__
 from .args import model_dtype
+from .bn_stats import BatchNormStats, fingerprint
 from .calibration import calibrated_layers, warn_of_unserved
-from .checkpoint import newest_checkpoint, read_state, run_folder
+from .checkpoint import read_state
 from .datasets import check_classes
 from .engine import in_format, validate
-from .errors import UsageError, refusing, run_command
+from .errors import UsageError, check_writable, refusing, run_command
 from .loaders import EvaluationData
 from .measure import measure_sizes, measure_speed, training_cost
-from .models import find_checkpoint
-from .report import METRIC_NAMES, REPORT_FILES, answer_lines, format_table, make_curves, write_report
+from .models import Checkpoint, find_checkpoint
+from .report import REPORT_FILES, all_answers, answer_lines, format_table, make_curves, write_report
 from .subject import Subject, create_parser, model_arguments, start_accelerator
 
 _logger = logging.getLogger(__name__)
@@ -103,6 +104,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f'--baseline must be one of {", ".join(dict.fromkeys(args.names))}, not {args.baseline}')
     if args.baseline is not None and len(set(args.names)) == 1:
         raise UsageError('--baseline needs checkpoints of another name to compare with')
+    twice = [name for name in set(zip(args.checkpoints, args.names)) if list(
+        zip(args.checkpoints, args.names)).count(name) > 1]
+    if twice:
+        raise UsageError(f'{twice[0][0]} is given twice')
     registered = [name for name in args.checkpoints if not os.path.exists(name) and timm.is_model(name)]
     if registered and not args.pretrained:
         raise UsageError(f'{registered[0]} is the name of a model without weights: add --pretrained')
@@ -124,9 +129,12 @@ class Evaluation:
         for found in self.found:
             subject = self._subject(found)
             model, data = subject.create(self.accelerator)
+            if not subject.args.val_split:
+                raise UsageError(f'{found.name} was trained without a validation split: name one with --val-split')
             data.open(train=self._counted, validation=True)
             with refusing():
-                check_classes(data.train or data.validation, data.validation, subject.args.num_classes)
+                check_classes(data.validation if data.train is None else data.train, data.validation,
+                              subject.args.num_classes)
             self.sizes.append(subject.sizes(model, data, args.sizes))
             if args.calibrate == KEPT and calibrated_layers(model):
                 stats = found.statistics()
@@ -134,87 +142,104 @@ class Evaluation:
                     raise UsageError(f'{found.name} has no statistics of its own for other sizes: make them with '
                                      'mixsize calibrate')
 
+        self._check_together()
+        if self.accelerator.is_main_process:
+            check_writable(self.folder)
+
+    def _check_together(self) -> None:
+        """Refuse checkpoints that a table cannot show side by side."""
+        for name, sizes in zip(self.args.names, self.sizes):
+            if sizes != self.sizes[self.args.names.index(name)]:
+                raise UsageError(f'the checkpoints of the name {name} have other sizes: say which with --sizes')
+        places = {(args.dataset, os.path.realpath(args.data_dir or ''), args.val_split)
+                  for args in (self._subject(found).args for found in self.found)}
+        if len(places) > 1:
+            raise UsageError('the runs were trained on other images: say which to measure on, with --data-dir or '
+                             '--dataset')
+
     @property
     def _counted(self) -> bool:
         """Whether there are batches to calibrate on."""
         return self.args.calibrate not in (0, KEPT)
 
-    def _subject(self, found: Any, crop_pct: Optional[float] = None) -> Subject:
-        return Subject(found, self.args, self.found, crop_pct)
+    def _subject(self, found: Checkpoint) -> Subject:
+        return Subject(found, self.args, self.found)
 
     def run(self) -> None:
         """Measure every checkpoint, print the table and write the report."""
         checkpoints = [self._measure(number) for number in range(len(self.found))]
-        if not self.accelerator.is_main_process:
-            return
+        if self.accelerator.is_main_process:
+            self._report(checkpoints)
+        self.accelerator.end_training()
+
+    def _report(self, checkpoints: List[Dict[str, Any]]) -> None:
         metric = 'top1' if 'top1' in checkpoints[0]['results'][0] else 'map'
+        curves = make_curves(checkpoints, metric)
+        print(f'\nAccuracies in per cent\n\n{format_table(curves, metric)}')
+        for answers in all_answers(curves, self.args.baseline):
+            print(f'\n{answers["name"]} against {answers["baseline"]}')
+            print('\n'.join(f'  {line}' for line in answer_lines(answers)))
         document = {'metric': metric, 'baseline': self.args.baseline, 'settings': self._settings(),
                     'checkpoints': checkpoints}
         with refusing(f'cannot write to {self.folder}'):
             os.makedirs(self.folder, exist_ok=True)
             write_report(self.folder, document)
-        print(f'\n{METRIC_NAMES[metric]} and the other accuracies in per cent\n')
-        print(format_table(make_curves(checkpoints, metric), metric))
-        for answers in document['answers']:
-            print(f'\n{answers["name"]} against {answers["baseline"]}')
-            print('\n'.join(f'  {line}' for line in answer_lines(answers)))
         print(f'\nThe report is in {self.folder}')
-        self.accelerator.end_training()
 
     def _measure(self, number: int) -> Dict[str, Any]:
         found, name = self.found[number], self.args.names[number]
+        subject = self._subject(found)
+        random_seed(subject.args.seed, self.accelerator.process_index)
+        model, data = subject.create(self.accelerator)
+        stats = found.statistics() if self.args.calibrate == KEPT else None
+        if stats is None or not stats.attach(model):
+            stats = BatchNormStats(fingerprint(model))
+        model.to(device=self.accelerator.device, dtype=model_dtype(subject.args))
+        if subject.args.channels_last:
+            model.to(memory_format=torch.channels_last)
+        warn_of_unserved(model)
+        if not calibrated_layers(model):
+            _logger.info('%s has no batch norm: there is nothing to calibrate', name)
+        data.open(train=self._counted, validation=True)
         results: List[Dict[str, Any]] = []
-        for crop_pct in self.args.crop_pcts or (None,):
-            subject = self._subject(found, crop_pct)
-            random_seed(subject.args.seed, self.accelerator.process_index)
-            model, data = subject.create(self.accelerator)
-            stats = found.statistics() if self.args.calibrate == KEPT else None
-            if stats is not None:
-                stats.attach(model)
-            model.to(device=self.accelerator.device, dtype=model_dtype(subject.args))
-            if subject.args.channels_last:
-                model.to(memory_format=torch.channels_last)
-            data.open(train=self._counted, validation=True)
-            results += [{**row, 'crop_pct': data.config['crop_pct']}
-                        for row in self._measure_sizes(name, model, data, self.sizes[number])]
-        calibrated = bool(self.args.calibrate and calibrated_layers(model))
-        folder = newest_checkpoint(run_folder(found.folder)) if found.args and found.folder else ''
-        cost = read_state(found.folder, 'cost') or read_state(folder, 'cost')
+        for crop_pct in self.args.crop_pcts or (data.config['crop_pct'],):
+            data.config['crop_pct'] = crop_pct
+            results += [{**row, 'crop_pct': crop_pct}
+                        for row in self._measure_sizes(name, model, data, self.sizes[number], stats)]
+        if self.args.speed:
+            speeds = {size: self._speed(model, data, size) for size in self.sizes[number]}
+            results = [{**row, **speeds[row['img_size']]} for row in results]
+        calibrated: Any = self.args.calibrate if calibrated_layers(model) else 0
+        if self._counted and calibrated:
+            calibrated = data.num_calibration_batches(calibrated)
+        cost = read_state(found.folder, 'cost') if found.folder else None
         return {
-            'name': name, 'checkpoint': found.name, 'model': subject.args.model if found.args else
-            (found.model_args or {})['model_name'], 'calibrated': self.args.calibrate if calibrated else 0,
-            'num_params': sum(p.numel() for p in model.parameters()),
-            'training': training_cost(model, cost, data.channels) if cost else None, 'results': results}
+            'name': name, 'checkpoint': found.name,
+            'model': found.args.model if found.args else (found.model_args or {})['model_name'],
+            'calibrated': calibrated, 'num_params': sum(p.numel() for p in model.parameters()),
+            'training': training_cost(model, cost, data.channels), 'data': _describe(data, found.use_ema),
+            'results': results}
 
-    def _measure_sizes(self, name: str, model: nn.Module, data: EvaluationData, sizes: Tuple[int, ...]
-                       ) -> List[Dict[str, Any]]:
-        args = data.args
-        task: Any = (MultiLabelClassificationTask(model, threshold=args.multilabel_threshold, verbose=False)
-                     if args.task == 'multilabel' else ClassificationTask(model, verbose=False))
+    def _measure_sizes(self, name: str, model: nn.Module, data: EvaluationData, sizes: Tuple[int, ...],
+                       stats: BatchNormStats) -> List[Dict[str, Any]]:
+        args, task = data.args, create_task(model, data)
 
         def evaluate(model: nn.Module, size: int) -> Dict[str, float]:
             metrics = validate(model, data.validation_loader(size), task, self.accelerator, args.channels_last,
-                               model_dtype(args))
+                               model_dtype(args), args.tta)
             _logger.info('%s  %d px  %s', name, size, '  '.join(f'{key} {x:.4g}' for key, x in metrics.items()))
             return metrics
 
         def calibrate(model: nn.Module, size: int) -> nn.Module:
-            if self.args.calibrate != KEPT:
+            if self._counted and size not in stats.by_size:
                 return data.calibrate(model, size, self.args.calibrate)
-            model = copy.deepcopy(model)
-            stats: Any = model.bn_stats
+            model = copy.deepcopy(model)  # kept, or calibrated for another crop
             stats.apply(model, size)
             return model
 
-        warn_of_unserved(model)
-        if not calibrated_layers(model):
-            _logger.info('%s has no batch norm: there is nothing to calibrate', name)
-        rows = measure_sizes(
+        return measure_sizes(
             model, sizes, evaluate, calibrate if self.args.calibrate and calibrated_layers(model) else None,
-            num_images=len(data.validation), shape=data.shape)
-        for row in rows if self.args.speed else ():
-            row.update(self._speed(model, data, row['img_size']))
-        return rows
+            num_images=data.num_images, shape=data.shape, stats=stats if self._counted else None)
 
     def _speed(self, model: nn.Module, data: EvaluationData, size: int) -> Dict[str, float]:
         """Speed of one device, while the other processes wait."""
@@ -229,16 +254,33 @@ class Evaluation:
 
     def _settings(self) -> Dict[str, Any]:
         """What the report says about how it was made."""
-        device = self.accelerator.device
+        device, precision = self.accelerator.device, self.accelerator.mixed_precision
         name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
         return {
             'command': self.args.command, 'date': time.strftime('%Y-%m-%d'),
             'device': f'{name}, {self.accelerator.num_processes} process(es)',
             'machine': f'{platform.machine()}, {os.cpu_count()} CPU cores',
-            'precision': self.accelerator.mixed_precision if self.accelerator.mixed_precision != 'no' else
-            getattr(self.args, 'model_dtype', 'float32'),
+            'mixed precision': precision,
             'versions': f'mixsize-timm {__version__}, timm {timm.__version__}, torch {torch.__version__}, accelerate '
                         f'{accelerate.__version__}, Python {platform.python_version()}'}
+
+
+def create_task(model: nn.Module, data: EvaluationData) -> Any:
+    """timm's task that makes the evaluator, on the device that the outputs are on."""
+    device = data.accelerator.device
+    if data.args.task == 'multilabel':
+        return MultiLabelClassificationTask(model, threshold=data.args.multilabel_threshold, device=device,
+                                            verbose=False)
+    return ClassificationTask(model, device=device, verbose=False)
+
+
+def _describe(data: EvaluationData, use_ema: bool) -> Dict[str, Any]:
+    """What the report says about a checkpoint's images and weights."""
+    args, config = data.args, data.config
+    return {'data': args.data_dir or args.dataset, 'split': args.val_split, 'batch size': args.batch_size,
+            'mean': config['mean'], 'std': config['std'], 'interpolation': config['interpolation'],
+            'crop mode': config['crop_mode'], 'weights': args.model_dtype or 'float32',
+            'moving average': 'where there is one' if use_ema else 'no', **({'tta': args.tta} if args.tta else {})}
 
 
 if __name__ == '__main__':

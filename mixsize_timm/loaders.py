@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset
 from .args import make_regime, mixing, model_dtype
 from .calibration import calibrate
 from .data import MixSizeLoader, create_calibration_loader, create_loader
-from .datasets import DIGITS, check_classes, check_splits, class_names, create_dataset
+from .datasets import DIGITS, check_classes, check_not_train, check_splits, class_names, create_dataset
 from .errors import UsageError, refusing
 from .regime import Regime
 from .regularization import SizeRegularization
@@ -70,11 +70,8 @@ class EvaluationData:
             self.config = self._resolve_config(model)
         self.channels, *self.height_width = self.config['input_size']
         self.base_size: int = self.config['input_size'][-1]
-        self.patch_size: Any = None
-        self.regime: Optional[Regime] = None
         self.train: Any = None
         self.validation: Any = None
-        self._validation_loaders: Dict[int, Any] = {}
 
     def open(self, *, train: bool, validation: bool) -> None:
         """Open the training images, which calibration needs too, and the validation images."""
@@ -86,9 +83,23 @@ class EvaluationData:
                 self.validation = self._create_dataset(args.val_split, False)
             if train and validation and args.val_split != args.train_split:
                 check_splits(self.train, self.validation, args.val_split)
+            elif validation and not train:
+                check_not_train(self.validation, args.data_dir, args.val_split, args.train_split)
+
+    @property
+    def num_images(self) -> Optional[int]:
+        """Validation images; of data that stream the number is not known beforehand."""
+        return None if isinstance(self.validation, IterableDataset) else len(self.validation)
+
+    def num_calibration_batches(self, wanted: int) -> int:
+        """Batches that calibration takes where so many are asked for: at most one epoch."""
+        if isinstance(self.train, IterableDataset):
+            return wanted
+        return min(wanted, -(-len(self.train) // self.args.batch_size))
 
     def _resolve_config(self, model: Any) -> Dict[str, Any]:
-        return resolve_data_config(vars(self.args), model=model, use_test_size=True)
+        config = resolve_data_config(vars(self.args), model=model, use_test_size=True)
+        return {**config, 'input_size': (self.args.in_chans, *config['input_size'][1:])}
 
     def validation_loader(self, size: int) -> Any:
         """timm's loader of the validation images at one size, as its validation script makes it."""
@@ -108,7 +119,7 @@ class EvaluationData:
             num_batches: Batches over all processes; by default one epoch.
         """
         augmentation = self._augmentation()
-        if self.regime is not None:
+        if self.args.mixsize_reg:
             regularization = SizeRegularization(self.args.mixsize_reg, self.base_size)
             augmentation.update(regularization.augmentation(
                 size, augmentation['auto_augment'], augmentation['color_jitter']))
@@ -189,6 +200,8 @@ class Data(EvaluationData):
 
     def __init__(self, args: argparse.Namespace, model: Any, accelerator: Accelerator) -> None:
         super().__init__(args, model, accelerator)
+        self._validation_loaders: Dict[int, Any] = {}
+        self.patch_size: Any = None
         self.regime = fit_regime(args, model, self.config['input_size'])
         if args.naflex_loader:
             if not hasattr(model, 'get_patch_size'):

@@ -21,7 +21,7 @@ def measure_sizes(
         validate: Callable[[nn.Module, int], Dict[str, float]],
         calibrate: Optional[Callable[[nn.Module, int], nn.Module]] = None,
         *,
-        num_images: int,
+        num_images: Optional[int],
         shape: Callable[[int], Tuple[int, int, int]],
         stats: Optional[BatchNormStats] = None,
 ) -> List[Dict[str, Any]]:
@@ -32,7 +32,7 @@ def measure_sizes(
         sizes: Image sizes in pixels.
         validate: Gives the metrics of a model at a size: accuracies in per cent, and ``loss``.
         calibrate: Gives the model calibrated for a size; without it only the model's own statistics are used.
-        num_images: Images that are validated on.
+        num_images: Images that are validated on, if that is known: without there is no interval.
         shape: Gives the channels, height and width of an image of a size.
         stats: Gets the statistics of each calibrated size.
 
@@ -51,7 +51,7 @@ def measure_sizes(
                 stats.add(size, calibrated)
         row = {'img_size': size, 'images': num_images, 'gmacs': count_gmacs(model, shape(size)), **used}
         for name in ('top1', 'top5'):
-            if name in used:
+            if name in used and num_images:
                 row[f'{name}_low'], row[f'{name}_high'] = accuracy_interval(used[name], num_images)
         rows.append({**row, **{f'{name}_uncalibrated': value for name, value in own.items()}})
     return rows
@@ -97,7 +97,7 @@ def count_gmacs(model: nn.Module, input_size: Tuple[int, int, int] = (3, 224, 22
     return counter.get_total_flops() / 2e9
 
 
-def training_cost(model: nn.Module, cost: Dict[str, Any], in_chans: int = 3) -> Dict[str, float]:
+def training_cost(model: nn.Module, cost: Optional[Dict[str, Any]], in_chans: int = 3) -> Optional[Dict[str, float]]:
     """What a training run cost.
 
     Args:
@@ -107,8 +107,10 @@ def training_cost(model: nn.Module, cost: Dict[str, Any], in_chans: int = 3) -> 
 
     Returns:
         ``steps``, ``seconds``, ``images`` with duplicates, ``megapixels``, and ``gmacs``: billions of
-        multiply-accumulates, three times those of the forward pass for each image.
+        multiply-accumulates, three times those of the forward pass for each image. ``None`` where nothing was counted.
     """
+    if not cost or not cost['samples']:
+        return None
     samples = [(height, width, number) for height, width, number in cost['samples']]
     return {
         'steps': cost['steps'], 'seconds': cost['seconds'], 'images': sum(number for *_, number in samples),

@@ -8,19 +8,20 @@ from typing import Any, Dict, Optional
 import timm
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.utils import EntryNotFoundError
 from timm.data import resolve_data_config
 from timm.layers import convert_splitbn_model
 from timm.models import load_state_dict, parse_model_name
 from torch import nn
 
-from .args import ARGS_FILE, parse_args
+from .args import ARGS_FILE, parse_args, read_yaml
 from .bn_stats import BN_STATS_FILE, BatchNormStats, input_size, model_at, set_input_size
 from .calibration import calibrated_layers
 from .checkpoint import EMA_FILE, MODEL_FILE, newest_checkpoint
 from .errors import UsageError, refusing
 
 CONFIG_FILE = 'config.json'
+_HUB = ('hf-hub:', 'hf_hub:')
 
 
 def create_model(args: argparse.Namespace) -> nn.Module:
@@ -78,7 +79,7 @@ class Checkpoint:
         weights: File of the weights; empty where timm finds them.
         folder: Folder that statistics for other sizes are beside the weights in; empty where there is none.
         args: Arguments of the run that trained it, if it is a run's.
-        model_args: Arguments of ``timm.create_model`` for one that is not a run's.
+        model_args: Arguments of ``timm.create_model``; for a run's those beside its own.
         use_ema: Whether the moving average is taken where there is one.
     """
     name: str
@@ -107,9 +108,8 @@ class Checkpoint:
     def statistics(self) -> Optional[BatchNormStats]:
         """The statistics kept beside the weights, if there are any."""
         with refusing(f'cannot load {self.name}'):
-            source, repository = parse_model_name(self.name) if ':' in self.name else (None, '')
-            if source == 'hf-hub':
-                path, _, revision = repository.partition('@')
+            if self.name.startswith(_HUB):
+                path, _, revision = parse_model_name(self.name)[1].partition('@')
                 try:
                     return BatchNormStats.load(hf_hub_download(path, BN_STATS_FILE, revision=revision or None))
                 except EntryNotFoundError:
@@ -118,6 +118,11 @@ class Checkpoint:
             return BatchNormStats.load(path) if self.folder and os.path.exists(path) else None
 
     def _of_run(self, args: argparse.Namespace) -> nn.Module:
+        options = self.model_args or {}
+        fixed = sorted({'num_classes', 'in_chans', 'global_pool'} & set(options))
+        if fixed:
+            raise UsageError(f'{self.name} is a run, whose arguments say {fixed[0]}')
+        args.model_kwargs = {**args.model_kwargs, **options}
         model: Any = create_model(args)
         if args.split_bn:
             model = convert_splitbn_model(model, max(args.aug_splits, 2))
@@ -143,7 +148,7 @@ def find_checkpoint(
             whose trained weights are meant.
         model: timm model that a file's weights are of; read from the run's ``args.yaml`` beside it if it is left out.
         use_ema: Take the moving average of the weights where there is one.
-        **model_args: Further arguments of ``timm.create_model``, for what is not a run's.
+        **model_args: Further arguments of ``timm.create_model``.
 
     Raises:
         UsageError: Nothing is there, or it does not say what model it is.
@@ -153,18 +158,22 @@ def find_checkpoint(
             return Checkpoint(name, '', name, None, dict(model_name=f'local-dir:{name}', **model_args), use_ema)
         folder = name if _holds_weights(name) else newest_checkpoint(name)
         folder = folder if _holds_weights(folder) else folder + '.old'  # stopped between two renames
+        weights = os.path.join(folder, MODEL_FILE)
         if not _holds_weights(folder):
             raise UsageError(f'no checkpoint in {name}: expected a run with {ARGS_FILE} and last/{MODEL_FILE}, or '
                              f'{CONFIG_FILE} and {MODEL_FILE}')
-        average = os.path.join(folder, EMA_FILE)
-        weights = average if use_ema and os.path.isfile(average) else os.path.join(folder, MODEL_FILE)
-        return Checkpoint(name, weights, folder, _run_args(name, folder), None, use_ema)
+        if model:
+            return Checkpoint(name, weights, folder, None, dict(model_name=model, **model_args), use_ema)
+        args, average = _run_args(name, folder), os.path.join(folder, EMA_FILE)
+        if use_ema and os.path.isfile(average) and not args.model_ema_force_cpu:  # that one was not validated
+            weights = average
+        return Checkpoint(name, weights, folder, args, model_args, use_ema)
     if os.path.isfile(name):
         folder = os.path.dirname(os.path.abspath(name))
         if model:
             return Checkpoint(name, name, folder, None, dict(model_name=model, **model_args), use_ema)
-        return Checkpoint(name, name, folder, _run_args(name, folder), None, use_ema)
-    if not name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(name):
+        return Checkpoint(name, name, folder, _run_args(name, folder), model_args, use_ema)
+    if not name.startswith((*_HUB, 'local-dir:')) and not timm.is_model(name):
         raise UsageError(_no_model(name) if os.path.sep not in name else f'no checkpoint at {name}')
     folder = parse_model_name(name)[1] if name.startswith('local-dir:') else ''
     return Checkpoint(name, '', folder, None, dict(model_name=name, **model_args), use_ema)
@@ -191,7 +200,7 @@ def load(
         model: timm model that a file's weights are of.
         use_ema: Take the moving average of the weights where there is one.
         own_stats: Leave the statistics that the weights were saved with.
-        **model_args: Further arguments of ``timm.create_model``, for what is not a run's.
+        **model_args: Further arguments of ``timm.create_model``.
 
     Returns:
         The model in evaluation mode, on the CPU.
@@ -211,6 +220,8 @@ def load(
         return loaded
     stats, base_size = found.statistics(), input_size(loaded)
     if stats is not None and stats.attach(loaded):
+        if img_size is None and found.args is None and base_size not in stats.sizes:
+            return loaded  # not trained at mixed sizes: at its own size its own statistics are right
         return model_at(loaded, img_size or base_size)
     if img_size not in (None, base_size):
         raise ValueError(f'{checkpoint} has no statistics for other sizes than its own {base_size} px: make them with '
@@ -226,7 +237,8 @@ def _run_args(name: str, folder: str) -> argparse.Namespace:
     """The arguments of the run that a checkpoint's folder is of."""
     for place in (folder, os.path.dirname(os.path.abspath(folder))):
         if os.path.isfile(os.path.join(place, ARGS_FILE)):
-            return parse_args(['--resume', place])
+            is_ours = 'mixsize' in read_yaml(os.path.join(place, ARGS_FILE))  # else it is of timm's script
+            return parse_args(['--resume', place, *([] if is_ours else ['--mixsize', 'off'])])
     raise UsageError(f'{name} does not say what model it is: name it with --model')
 
 

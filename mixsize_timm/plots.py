@@ -52,17 +52,18 @@ def against_size(curves: 'Sequence[Curve]', ylabel: str) -> Figure:
         color, marker = _style(i)
         axes.fill_between(curve.sizes, curve.low, curve.high, color=color, alpha=0.15, linewidth=0)
         axes.plot(curve.sizes, curve.value, color=color, marker=marker,
-                  label=f'{curve.name}, calibrated' if curve.calibrated else curve.name)
+                  label=f'{curve.label}, calibrated' if curve.calibrated else curve.label)
         if curve.calibrated:
             axes.plot(curve.sizes, curve.own, color=color, marker=marker, markersize=4, linestyle='--', linewidth=1,
-                      markerfacecolor='white', label=f'{curve.name}, own statistics')
+                      markerfacecolor='white', label=f'{curve.label}, own statistics')
     axes.set_xscale('log')
     _ticks(axes, sorted({size for curve in curves for size in curve.sizes}))
     axes.set_xlabel('Image size (px)')
-    runs = max(curve.runs for curve in curves)
-    if any(curve.low != curve.high for curve in curves):
-        axes.set_title(f'Mean of {runs} runs, band from the lowest to the highest' if runs > 1 else
-                       'Band: 95 % interval over the images', fontsize=9, color='#555555')
+    bands = [text for text, several in (('one run with its 95 % interval', False),
+                                        ('mean of several runs, from the lowest to the highest', True))
+             if any(curve.low != curve.high and (curve.runs > 1) == several for curve in curves)]
+    if bands:
+        axes.set_title('Bands: ' + '; '.join(bands), fontsize=9, color='#555555')
     _finish(figure, axes, ylabel)
     return figure
 
@@ -76,7 +77,7 @@ def against_gmacs(curves: 'Sequence[Curve]', ylabel: str) -> Figure:
               label='Pareto front', zorder=1)
     for i, curve in enumerate(curves):
         color, marker = _style(i)
-        axes.plot(curve.gmacs, curve.value, color=color, marker=marker, label=curve.name)
+        axes.plot(curve.gmacs, curve.value, color=color, marker=marker, label=curve.label)
     labelled = set()
     for curve in curves:  # each size once where models are of one kind
         for size, x, y in zip(curve.sizes, curve.gmacs, curve.value):

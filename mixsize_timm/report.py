@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -23,7 +24,9 @@ class Curve:
     """A metric against the image size: of one checkpoint, or the mean over several of one name.
 
     Attributes:
-        name: What the checkpoints are called, and their crop where several were measured.
+        name: What the checkpoints are called.
+        crop_pct: Their centre crop.
+        label: What the curve is called: the name, and the crop where the name has several.
         sizes: Image sizes in pixels, ascending.
         value: The metric as the model is used, at each size.
         low: Lower ends of the 95 % intervals; of several checkpoints the lowest.
@@ -36,6 +39,8 @@ class Curve:
         runs: Number of checkpoints.
     """
     name: str
+    crop_pct: Optional[float]
+    label: str
     sizes: Tuple[int, ...]
     value: Tuple[float, ...]
     low: Tuple[float, ...]
@@ -55,25 +60,27 @@ class Curve:
 
 def make_curves(checkpoints: Sequence[Dict[str, Any]], metric: str = 'top1') -> List[Curve]:
     """The curves of a document's checkpoints, those of one name and crop together, in the order they came."""
-    crops = {row.get('crop_pct') for checkpoint in checkpoints for row in checkpoint['results']}
     groups: Dict[Tuple[str, Any], List[Tuple[Dict[str, Any], List[Dict[str, Any]]]]] = {}
     for checkpoint in checkpoints:
         for crop in sorted({row.get('crop_pct') for row in checkpoint['results']}, key=lambda x: x or 0):
             rows = sorted((row for row in checkpoint['results'] if row.get('crop_pct') == crop),
                           key=lambda row: row['img_size'])
             groups.setdefault((checkpoint['name'], crop), []).append((checkpoint, rows))
-    return [_curve(name if len(crops) == 1 else f'{name}, crop {crop:g}', runs, metric)
+    names = [name for name, _ in groups]
+    return [_curve(name, crop, name if names.count(name) == 1 else f'{name}, crop {crop:g}', runs, metric)
             for (name, crop), runs in groups.items()]
 
 
-def _curve(name: str, runs: List[Tuple[Dict[str, Any], List[Dict[str, Any]]]], metric: str) -> Curve:
+def _curve(name: str, crop_pct: Optional[float], label: str,
+           runs: List[Tuple[Dict[str, Any], List[Dict[str, Any]]]], metric: str) -> Curve:
     columns = list(zip(*(rows for _, rows in runs)))  # the rows of all runs at each size
     low, high = f'{metric}_low', f'{metric}_high'
     if len(runs) > 1 or low not in runs[0][1][0]:
         low = high = metric
     training = [checkpoint.get('training') or {} for checkpoint, _ in runs]
     return Curve(
-        name=name, sizes=tuple(column[0]['img_size'] for column in columns), runs=len(runs),
+        name=name, crop_pct=crop_pct, label=label, runs=len(runs),
+        sizes=tuple(column[0]['img_size'] for column in columns),
         value=tuple(mean(row[metric] for row in column) for column in columns),
         low=tuple(min(row[low] for row in column) for column in columns),
         high=tuple(max(row[high] for row in column) for column in columns),
@@ -105,7 +112,7 @@ def compare(curve: Curve, baseline: Curve) -> Dict[str, Any]:
     matching = [i for i, value in enumerate(curve.value) if value >= target]
     error = 100 - target
     answers: Dict[str, Any] = {
-        'name': curve.name, 'baseline': baseline.name, 'baseline_best': target,
+        'name': curve.label, 'baseline': baseline.label, 'baseline_best': target,
         'baseline_best_size': baseline.sizes[baseline.best],
         'match_size': curve.sizes[matching[0]] if matching else None,
         'fewer_operations': baseline.gmacs[baseline.best] / curve.gmacs[matching[0]] if matching else None,
@@ -152,45 +159,35 @@ def answer_lines(answers: Dict[str, Any]) -> List[str]:
 
 def format_table(curves: Sequence[Curve], metric: str = 'top1') -> str:
     """The curves as a table for a terminal, a block for each, with the mean over the sizes."""
-    header, body = table_cells(curves, metric)
-    several = len(curves) > 1
     lines: List[str] = []
-    for curve, rows in zip(curves, body):
-        cells = [header, *rows]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-        title = f'{curve.name}, mean of {curve.runs} runs' if curve.runs > 1 else curve.name
-        lines += ([title] if several or curve.runs > 1 else []) + [
-            '  '.join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells] + ['']
+    for curve in curves:
+        cells = table_cells(curve, metric)
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        if len(curves) > 1 or curve.runs > 1:
+            lines.append(f'{curve.label}, mean of {curve.runs} runs' if curve.runs > 1 else curve.label)
+        lines += ['  '.join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells] + ['']
     return '\n'.join(lines[:-1])
 
 
-def table_cells(curves: Sequence[Curve], metric: str = 'top1') -> Tuple[List[str], List[List[List[str]]]]:
-    """The header of a table, and its cells: rows for each curve, the last one the mean over the sizes."""
-    title = METRIC_NAMES.get(metric, metric)
-    calibrated = any(curve.calibrated for curve in curves)
-    runs = max(curve.runs for curve in curves)
-    intervals = any(curve.low != curve.high for curve in curves)
-    columns = [('img_size', 'size')]
-    columns += [(f'{title} calibrated' if calibrated else title, 'value')]
-    columns += [('lowest to highest' if runs > 1 else '95 % interval', 'interval')] if intervals else []
-    columns += [(f'{title} own statistics', 'own')] if calibrated else []
-    rest = [('top-5', 'top5', '.2f'), ('loss', 'loss', '.4f'), ('GMACs', 'gmacs', '.4g'),
-            ('images/s', 'images_per_second', '.1f'), ('latency ms', 'latency_ms', '.2f')]
-    rest = [part for part in rest
-            if part[1] != metric and all(part[1] in row for curve in curves for row in curve.rows)]
-    header = [name for name, _ in columns] + [name for name, *_ in rest]
-    digits = '.4f' if metric == 'loss' else '.2f'
-    body = []
-    for curve in curves:
-        rows = []
-        for i, size in enumerate(curve.sizes):
-            cells = {'size': str(size), 'value': f'{curve.value[i]:{digits}}', 'own': f'{curve.own[i]:{digits}}',
-                     'interval': f'{curve.low[i]:{digits}} - {curve.high[i]:{digits}}'}
-            rows.append([cells[key] for _, key in columns] + [f'{curve.rows[i][key]:{form}}' for _, key, form in rest])
-        means = {'size': 'mean', 'value': f'{mean(curve.value):{digits}}', 'own': f'{mean(curve.own):{digits}}',
-                 'interval': ''}
-        body.append([*rows, [means[key] for _, key in columns] + [''] * len(rest)])
-    return header, body
+def table_cells(curve: Curve, metric: str = 'top1') -> List[List[str]]:
+    """The cells of a curve's table: a header, a row for each size, and the mean over the sizes."""
+    title, digits = METRIC_NAMES.get(metric, metric), '.4f' if metric == 'loss' else '.2f'
+    columns = [['img_size', *map(str, curve.sizes), 'mean']]
+
+    def add(name: str, values: Sequence[float]) -> None:
+        columns.append([name, *(f'{value:{digits}}' for value in (*values, mean(values)))])
+
+    add(f'{title} calibrated' if curve.calibrated else title, curve.value)
+    if curve.low != curve.high:
+        ends = [f'{low:{digits}} - {high:{digits}}' for low, high in zip(curve.low, curve.high)]
+        columns.append(['lowest - highest' if curve.runs > 1 else '95 % interval', *ends, ''])
+    if curve.calibrated:
+        add(f'{title} own statistics', curve.own)
+    for name, key, form in (('top-5', 'top5', '.2f'), ('loss', 'loss', '.4f'), ('GMACs', 'gmacs', '.4g'),
+                            ('images/s', 'images_per_second', '.1f'), ('latency ms', 'latency_ms', '.2f')):
+        if key != metric and all(key in row for row in curve.rows):
+            columns.append([name, *(f'{row[key]:{form}}' for row in curve.rows), ''])
+    return [list(row) for row in zip(*columns)]
 
 
 def write_report(folder: str, document: Dict[str, Any]) -> None:
@@ -199,34 +196,38 @@ def write_report(folder: str, document: Dict[str, Any]) -> None:
     Args:
         folder: An existing folder.
         document: ``metric``, ``baseline`` (a name, or ``None``), ``settings`` (names and values to be shown), and
-            ``checkpoints``: each with ``name``, ``checkpoint``, ``model``, ``calibrated``, ``training`` and
-            ``results``, the rows of :func:`~mixsize_timm.measure.measure_sizes`. The answers are added.
+            ``checkpoints``: each with ``name``, ``checkpoint``, ``model``, ``calibrated`` (batches), ``training``,
+            ``data`` (names and values to be shown) and ``results``, the rows of
+            :func:`~mixsize_timm.measure.measure_sizes`. The answers are added.
     """
     metric = document['metric']
     curves = make_curves(document['checkpoints'], metric)
     document['answers'] = answers = all_answers(curves, document['baseline'])
-    write_sizes(os.path.join(folder, SIZES_FILE), document)
-    with open(os.path.join(folder, 'sizes.csv'), 'w', encoding='utf-8', newline='') as file:
-        rows = [{'name': checkpoint['name'], 'checkpoint': checkpoint['checkpoint'], **row}
-                for checkpoint in document['checkpoints'] for row in checkpoint['results']]
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-    images = plots.draw(folder, curves, METRIC_NAMES.get(metric, metric))
-    environment = jinja2.Environment(loader=jinja2.PackageLoader(__package__, '.'), autoescape=True,
-                                     trim_blocks=True, lstrip_blocks=True)
-    header, body = table_cells(curves, metric)
-    page = environment.get_template('report.html.jinja').render(
-        document=document, curves=curves, header=header, body=body, images=images,
-        answers=[(part, [line.partition(': ') for line in answer_lines(part)]) for part in answers])
-    with open(os.path.join(folder, 'report.html'), 'w', encoding='utf-8') as file:
-        file.write(page)
+    with tempfile.TemporaryDirectory(dir=folder) as aside:  # all is whole before any of it stands in its place
+        write_sizes(os.path.join(aside, SIZES_FILE), document)
+        with open(os.path.join(aside, 'sizes.csv'), 'w', encoding='utf-8', newline='') as file:
+            rows = [{'name': checkpoint['name'], 'checkpoint': checkpoint['checkpoint'], **row}
+                    for checkpoint in document['checkpoints'] for row in checkpoint['results']]
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+        images = plots.draw(aside, curves, METRIC_NAMES.get(metric, metric))
+        environment = jinja2.Environment(loader=jinja2.PackageLoader(__package__, '.'), autoescape=True,
+                                         trim_blocks=True, lstrip_blocks=True)
+        page = environment.get_template('report.html.jinja').render(
+            document=document, images=images, tables=[(curve, table_cells(curve, metric)) for curve in curves],
+            answers=[(part, [line.partition(': ') for line in answer_lines(part)]) for part in answers])
+        with open(os.path.join(aside, 'report.html'), 'w', encoding='utf-8') as file:
+            file.write(page)
+        for name in REPORT_FILES:
+            os.replace(os.path.join(aside, name), os.path.join(folder, name))
 
 
 def all_answers(curves: Sequence[Curve], baseline: Optional[str]) -> List[Dict[str, Any]]:
-    """The answers for each curve against the baseline; none without one."""
-    base = next((curve for curve in curves if baseline is not None and curve.name == baseline), None)
-    return [compare(curve, base) for curve in curves if curve is not base] if base is not None else []
+    """The answers for each curve of another name against the baseline's of the same crop, else against its first."""
+    bases = {curve.crop_pct: curve for curve in reversed(curves) if curve.name == baseline}
+    return [compare(curve, bases.get(curve.crop_pct, list(bases.values())[-1]))
+            for curve in curves if bases and curve.name != baseline]
 
 
 def write_sizes(path: str, document: Dict[str, Any]) -> None:

@@ -253,8 +253,8 @@ class MixSizeBatchSampler(Sampler[Group]):
 class DealtBatchSampler(Sampler[Group]):
     """Batches of one size from the images in a fixed random order, dealt out to the processes in turn.
 
-    So any number of processes sees the same batches. The last one may be shorter, and a process may have one less
-    than others.
+    So any number of processes sees the same batches. The last one may be shorter, or longer by one: no image is
+    alone, for it has no variance. A process may have one batch less than others.
 
     Args:
         num_images: Images in the data set.
@@ -277,10 +277,15 @@ class DealtBatchSampler(Sampler[Group]):
             world_size: int = 1,
     ) -> None:
         order = np.random.default_rng(seed).permutation(num_images)
-        starts = np.arange(0, num_images, batch_size)[:num_batches][rank::world_size]
+        batch_size = max(batch_size, 2)
+        ends = np.arange(batch_size, num_images + batch_size, batch_size)
+        if num_images % batch_size == 1 and len(ends) > 1:
+            ends = ends[:-1]
+            ends[-1] = num_images
+        batches = np.split(order, ends[:-1])[:num_batches][rank::world_size]
         self.groups = [
             Group(size, batch=len(images), duplicates=1, step=0, weight=1., ends_step=True, epoch=0, images=images)
-            for images in (order[start:start + batch_size] for start in starts)]
+            for images in batches]
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)

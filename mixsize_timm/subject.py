@@ -12,12 +12,14 @@ from .errors import UsageError
 from .loaders import EvaluationData
 from .models import Checkpoint
 from .parser import Parser, build_parser
-from .sizes import SizeProbe
+from .sizes import SizeProbe, fit_sizes
 
-# Options of the training command that these commands take too, as they are; by default a run's own are taken
+# Options of the training command that these commands take too. Of a run its own are taken, but for the mixed precision
+# of its training.
 DATA_OPTIONS = ('data_dir', 'dataset', 'train_split', 'val_split', 'train_num_samples', 'val_num_samples',
                 'dataset_download', 'class_map', 'input_img_mode', 'input_key', 'target_key', 'target_format',
-                'dataset_trust_remote_code', 'task')
+                'dataset_trust_remote_code')
+TASK_OPTIONS = ('task', 'multilabel_threshold')
 MODEL_OPTIONS = ('num_classes', 'in_chans', 'gp', 'model_kwargs')
 IMAGE_OPTIONS = ('mean', 'std', 'interpolation', 'batch_size', 'workers', 'pin_mem', 'no_prefetcher', 'seed')
 AUGMENTATION_OPTIONS = (
@@ -25,10 +27,10 @@ AUGMENTATION_OPTIONS = (
     'grayscale_prob', 'gaussian_blur_prob', 'aa', 'reprob', 'remode', 'recount', 'train_interpolation')
 DEVICE_OPTIONS = ('mixed_precision', 'device', 'amp', 'amp_dtype', 'model_dtype', 'channels_last', 'fast_norm',
                   'local_rank', 'device_modules')
-_VALIDATION_ONLY = ('val_split', 'val_num_samples', 'target_format', 'task')
+_VALIDATION_ONLY = ('val_split', 'val_num_samples', 'target_format', *TASK_OPTIONS)
 
 
-def create_parser(prog: str, description: str, *, validation: bool = True) -> Parser:
+def create_parser(prog: str, description: str, *, evaluation: bool = True) -> Parser:
     """A parser with the options that the commands share, the checkpoints left to the caller.
 
     An option of the training command appears in the result only where the command line says it.
@@ -38,13 +40,14 @@ def create_parser(prog: str, description: str, *, validation: bool = True) -> Pa
     group.add_argument('--model', default='', metavar='MODEL',
                        help='timm model that the weights of a .safetensors or .pth file are of (default: as the '
                             'args.yaml beside it says)')
-    group.add_argument('--pretrained', action='store_true', default=False,
-                       help='take timm\'s trained weights where a checkpoint is the name of a timm model')
+    if evaluation:
+        group.add_argument('--pretrained', action='store_true', default=False,
+                           help='take timm\'s trained weights where a checkpoint is the name of a timm model')
     group.add_argument('--use-ema', action=argparse.BooleanOptionalAction, default=True,
                        help='take the moving average of the weights where there is one (default: yes)')
     _share(group, MODEL_OPTIONS)
     _share(parser.add_argument_group('Data set (default: the one that the run was trained on)'),
-           [name for name in DATA_OPTIONS if validation or name not in _VALIDATION_ONLY])
+           [name for name in (*DATA_OPTIONS, *TASK_OPTIONS) if evaluation or name not in _VALIDATION_ONLY])
     _share(parser.add_argument_group('Images'), IMAGE_OPTIONS)
     _share(parser.add_argument_group('Augmentation of the images that are calibrated on (default: as the run\'s; '
                                      'else timm\'s)'), AUGMENTATION_OPTIONS)
@@ -95,11 +98,9 @@ class Subject:
         given: The command line.
         others: Further checkpoints; where neither the command line nor this one's own run names a data set, theirs is
             taken.
-        crop_pct: Centre crop in place of the model's own.
     """
 
-    def __init__(self, found: Checkpoint, given: argparse.Namespace, others: Sequence[Checkpoint] = (),
-                 crop_pct: Optional[float] = None) -> None:
+    def __init__(self, found: Checkpoint, given: argparse.Namespace, others: Sequence[Checkpoint] = ()) -> None:
         self.found = found
         values = vars(found.args) if found.args else {}
         if getattr(given, 'data_dir', None) or getattr(given, 'dataset', None):
@@ -109,10 +110,11 @@ class Subject:
             if donor is None:
                 raise UsageError('no images named: say which with --data-dir, or --dataset')
             values = {name: getattr(donor, name) for name in DATA_OPTIONS}
-        values = {**values, 'naflex_loader': False, 'validation_batch_size': None}
+        values = {**values, 'naflex_loader': False, 'validation_batch_size': None, 'epoch_repeats': 0, 'amp': False,
+                  'mixed_precision': None}
         self.args = _merged(values, given)
         self.args.img_size = self.args.input_size = None
-        self.args.crop_pct = crop_pct  # the model's own stands in its pretrained_cfg, a run's too
+        self.args.crop_pct = None  # the model's own stands in its pretrained_cfg, a run's too
         self.args.crop_mode = getattr(given, 'crop_mode', None)
         self.args.crop_border_pixels = getattr(given, 'crop_border_pixels', None)
 
@@ -120,7 +122,7 @@ class Subject:
         """The model as it was saved, and its images, which are not opened yet."""
         model: Any = self.found.create()
         self.args.num_classes = model.num_classes
-        self.args.in_chans = model.pretrained_cfg['input_size'][0]
+        self.args.in_chans = (self.found.model_args or {}).get('in_chans') or model.pretrained_cfg['input_size'][0]
         return model, EvaluationData(self.args, model, accelerator)
 
     def sizes(self, model: nn.Module, data: EvaluationData, wanted: Optional[Sequence[int]]) -> Tuple[int, ...]:
@@ -138,4 +140,4 @@ class Subject:
         regime = make_regime(self.found.args, data.config['input_size']) if self.found.args else None
         if regime is None:
             raise UsageError(f'{self.found.name} was not trained at mixed sizes: say which with --sizes')
-        return tuple(size for size in regime.sizes if takes(size))
+        return fit_sizes(regime, takes)[0].sizes

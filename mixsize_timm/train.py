@@ -91,7 +91,8 @@ class Training:
             raise UsageError(f'--stop-epoch {self.stop_epoch} is behind the last of {self.num_epochs} epochs')
         self.start_epoch = 0
         self.best: Optional[float] = None
-        self.cost: Dict[str, Any] = {'samples': Counter(), 'steps': 0, 'seconds': 0.}  # of the finished epochs
+        # of the finished epochs; unknown where it was not counted from the start
+        self.cost: Optional[Dict[str, Any]] = {'samples': Counter(), 'steps': 0, 'seconds': 0.}
         self.folder = self._choose_folder()
         self.history = CheckpointHistory(self.folder, args.checkpoint_hist)
         if args.resume:
@@ -147,9 +148,10 @@ class Training:
                 clip_mode=args.clip_mode, channels_last=args.channels_last, model_dtype=model_dtype(args),
                 synchronize_step=args.synchronize_step, log_interval=args.log_interval,
                 save_images=self.folder if args.save_images else '', on_step=recover, samples=samples)
-        self.cost['samples'] += samples
-        self.cost['steps'] += plan.num_steps
-        self.cost['seconds'] += time.perf_counter() - start
+        if self.cost is not None:
+            self.cost['samples'] += samples
+            self.cost['steps'] += plan.num_steps
+            self.cost['seconds'] += time.perf_counter() - start
         if self.regularization:
             self.regularization.set_size(self.data.base_size)
         if args.torchcompile:
@@ -226,7 +228,7 @@ class Training:
         if not self.accelerator.is_main_process:
             return
         if self.data.regime and stats.sizes and os.path.isdir(last):
-            stats.save(os.path.join(last, BN_STATS_FILE))
+            stats.save(os.path.join(last, BN_STATS_FILE), keep_others=True)
         if self.data.validation is None:
             _logger.info('No validation split, so no accuracy is reported; the run is in %s', self.folder)
 
@@ -237,12 +239,12 @@ class Training:
         if self.accelerator.is_main_process:
             checkpoint = {
                 'name': os.path.basename(self.folder), 'checkpoint': self.folder, 'model': args.model,
-                'calibrated': args.calibrate if calibrated else 0,
+                'calibrated': self.data.num_calibration_batches(args.calibrate) if calibrated else 0,
                 'training': training_cost(self.model, self._cost_state(), self.data.channels),
                 'regime': self.data.regime.to_dict() if self.data.regime else None, 'results': results}
             write_sizes(os.path.join(self.folder, SIZES_FILE),
                         {'metric': args.eval_metric, 'checkpoints': [checkpoint]})
-            print(f'\nThe final weights on {len(self.data.validation)} validation images\n')
+            print('\nThe final weights on the validation images, accuracies in per cent\n')
             print(format_table(make_curves([checkpoint], args.eval_metric), args.eval_metric))
             print(f'\nThe run is in {self.folder}')
         log_sizes(self.accelerator, results, self.stop_epoch * self.data.num_steps + 1)
@@ -259,7 +261,7 @@ class Training:
 
         return measure_sizes(
             model, sizes, self._evaluate, calibrate if self.args.calibrate and calibrated_layers(model) else None,
-            num_images=len(self.data.validation), shape=self.data.shape, stats=stats)
+            num_images=self.data.num_images, shape=self.data.shape, stats=stats)
 
     def _used_model(self) -> nn.Module:
         """The moving average where it is validated, else the model."""
@@ -341,7 +343,9 @@ class Training:
             'cost': self._cost_state(),
         }
 
-    def _cost_state(self) -> Dict[str, Any]:
+    def _cost_state(self) -> Optional[Dict[str, Any]]:
+        if self.cost is None:
+            return None
         return {**self.cost, 'samples': [[*size, number] for size, number in sorted(self.cost['samples'].items())]}
 
     def _save(self, name: str, state: Dict[str, Any]) -> None:
@@ -368,9 +372,10 @@ class Training:
         else:
             _logger.warning('The run was saved by %d processes: random states start afresh', len(state['random']))
         self.start_epoch = state['epoch']
-        if 'cost' in state:
-            self.cost = {**state['cost'], 'samples': Counter({
-                (height, width): number for height, width, number in state['cost']['samples']})}
+        self.cost = state.get('cost')
+        if self.cost is not None:
+            self.cost['samples'] = Counter({
+                (height, width): number for height, width, number in self.cost['samples']})
         in_place = os.path.realpath(self.folder) == os.path.realpath(run_folder(path))
         if in_place and state.get('metric') == self._metric:  # else another folder's best, or of another scale
             self.best = state['best']
@@ -402,6 +407,7 @@ class Training:
             except pickle.UnpicklingError as error:
                 raise ValueError(str(error)) from error
         self.start_epoch = epoch or 0
+        self.cost = None
 
 
 @contextmanager

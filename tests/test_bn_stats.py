@@ -109,6 +109,35 @@ def test_a_damaged_file_is_one_line(tmp_path, stats, damage):
         BatchNormStats.load(str(tmp_path / 'nowhere'))
 
 
+def test_the_fingerprint_is_of_values_and_not_of_types(model):
+    low = model.bfloat16()
+    assert fingerprint(low) == fingerprint(low.float())
+
+
+def test_a_model_whose_norms_are_frozen_later_is_switched_all_the_same(model, stats):
+    stats.attach(model)
+    model.requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
+    model_at(model, 16)
+    first = next(iter(stats.by_size[16]))
+    assert torch.equal(model.get_buffer(first), stats.by_size[16][first])
+
+
+def test_sizes_of_a_file_that_is_replaced_can_be_kept(tmp_path, model, stats):
+    path = str(tmp_path / 'stats')
+    stats.save(path)
+    other = BatchNormStats(stats.weights)
+    other.add(96, model)
+    other.save(path, keep_others=True)
+    assert BatchNormStats.load(path).sizes == (16, 32, 64, 96)
+    foreign = BatchNormStats('another')
+    foreign.add(24, model)
+    foreign.save(path, keep_others=True)
+    assert BatchNormStats.load(path).sizes == (24,)
+
+
 def test_a_model_without_statistics_says_where_they_come_from(model):
     with pytest.raises(ValueError, match='mixsize calibrate'):
         model_at(model, 32)
@@ -125,5 +154,3 @@ def test_statistics_fit_a_model_of_lower_precision(model, stats):
     stats.attach(model)
     model_at(model.half(), 16)
     assert all(tensor.dtype == torch.float16 for name, tensor in model.named_buffers() if 'running' in name)
-    assert isinstance(model.bn1 if hasattr(model, 'bn1') else next(
-        m for m in model.modules() if isinstance(m, nn.BatchNorm2d)), nn.BatchNorm2d)

@@ -110,6 +110,12 @@ def test_a_model_of_lower_precision(dtype):
         torch.testing.assert_close(a, b.to(a.dtype), rtol=0.05, atol=0.02, msg=name)
 
 
+def test_a_variance_beyond_the_type_is_said():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 1, 1)).half()
+    with pytest.raises(ValueError, match='a variance is beyond float16'):
+        calibrate(model, [images * 1000 for images in batches()])
+
+
 def test_the_statistics_of_a_split_layer_are_those_that_evaluation_uses():
     model = convert_splitbn_model(nn.Sequential(nn.BatchNorm2d(3)), 2)
     calibrated = calibrate(model, batches())[0]

@@ -1,17 +1,25 @@
 """The figures in the documents are those of the files they come from."""
-import importlib.util
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
+
+from mixsize_timm.report import make_curves
 
 ROOT = Path(__file__).parents[1]
 
 
+def benchmark(name):
+    sys.path.insert(0, str(ROOT / 'benchmarks'))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
 def digits_benchmark():
-    spec = importlib.util.spec_from_file_location('digits', ROOT / 'benchmarks' / 'digits.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark('digits')
 
 
 def results():
@@ -51,3 +59,27 @@ def test_the_table_of_the_photographs_is_that_of_the_log():
     assert len(rows) == 7
     for row in rows:
         assert re.search(r'^ +{} +{} +{}$'.format(*row), log, re.M), row
+
+
+def test_the_table_of_the_four_settings_is_that_of_the_report():
+    document = json.loads((ROOT / 'docs' / 'sizes' / 'sizes.json').read_text())
+    assert benchmark('sizes').table(document) in (ROOT / 'docs' / 'sizes.md').read_text(encoding='utf-8')
+
+
+def test_one_model_serves_all_sizes_and_a_fixed_one_falls():
+    module = benchmark('sizes')
+    document = json.loads((ROOT / 'docs' / 'sizes' / 'sizes.json').read_text())
+    curves = {curve.name: curve for curve in make_curves(document['checkpoints'])}
+    assert all(curve.runs == 3 and curve.sizes == (16, 24, 32, 48) for curve in curves.values())
+    assert min(curves['MixSize D+'].value) >= 97
+    assert min(curves[module.FIXED].value) < 50
+    cost = [curve.training['steps'] for curve in curves.values()]
+    pixels = [run['training']['megapixels'] for run in document['checkpoints']]
+    assert max(cost) / min(cost) < 1.05 and max(pixels) / min(pixels) < 1.1
+
+
+def test_the_tables_of_calibration_are_what_was_measured():
+    module = benchmark('calibration')
+    runs = json.loads((ROOT / 'benchmarks' / 'results' / 'calibration-digits-resnet18-cpu.json').read_text())['runs']
+    text = (ROOT / 'docs' / 'method.md').read_text(encoding='utf-8')
+    assert module.table(runs, module.KNOWN) in text and module.table(runs, module.BETWEEN) in text

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -140,9 +141,12 @@ def test_checkpoints_are_compared_with_a_baseline(tmp_path, runs, capsys):
 
 
 def test_crops_are_swept(tmp_path, image_folder, weights):
-    document = measure(weights, *of_folder(image_folder), '--sizes', 32, 48, '--calibrate', 0, '--crop-pct', 0.5, 1.0,
+    document = measure(weights, *of_folder(image_folder), '--sizes', 32, 48, '--calibrate', 2, '--crop-pct', 0.5, 1.0,
                        folder=tmp_path / 'report')
     rows = document['checkpoints'][0]['results']
+    again = measure(weights, *of_folder(image_folder), '--sizes', 32, 48, '--calibrate', 2, '--crop-pct', 1.0,
+                    folder=tmp_path / 'again')['checkpoints'][0]['results']
+    assert rows[2:] == again
     assert [(row['crop_pct'], row['img_size']) for row in rows] == [(0.5, 32), (0.5, 48), (1.0, 32), (1.0, 48)]
     assert rows[0]['loss'] != rows[2]['loss']
     assert 'checkpoint.pth.tar, crop 0.5' in (tmp_path / 'report' / 'report.html').read_text()
@@ -193,6 +197,11 @@ ERRORS = [
     ('{weights} --model test_resnet --data-dir {data} --sizes 32 --baseline {weights}', 'of another name'),
     ('{weights} --model test_resnet --data-dir {data} --sizes 32 -b 0', '--batch-size must be at least 1'),
     ('{weights} --model test_resnet --data-dir {data} --sizes 32 --val-split nowhere', "no 'nowhere' split"),
+    ('{weights} {weights} --model test_resnet --data-dir {data} --sizes 32', 'is given twice'),
+    ('{weights} --model test_resnet --data-dir {data} --sizes 32 --output {weights}/x', 'cannot write to'),
+    ('{weights} --model test_resnet --data-dir {alone} --sizes 32 --calibrate 0', "only 'train'"),
+    ('{runs}/mixed --num-classes 3', 'is a run, whose arguments say num_classes'),
+    ('{runs}/mixed {runs}/fixed --names a a', 'was not trained at mixed sizes'),
     ('{weights} --model test_vit --data-dir {data} --sizes 32', 'cannot load'),
     ('{weights} --model test_resnet --num-classes 5 --data-dir {data} --sizes 32', 'cannot load'),
     ('{runs}/mixed --data-dir {data} --split', 'unrecognized'),
@@ -201,9 +210,10 @@ ERRORS = [
 
 @pytest.mark.parametrize('line, message', ERRORS)
 def test_what_cannot_work_is_one_line(tmp_path, image_folder, weights, runs, capsys, line, message):
-    argv = line.format(tmp=tmp_path, data=image_folder, weights=weights, runs=runs).split()
+    shutil.copytree(image_folder / 'train', tmp_path / 'alone' / 'train')
+    argv = line.format(tmp=tmp_path, data=image_folder, weights=weights, runs=runs, alone=tmp_path / 'alone').split()
     before = sorted(tmp_path.rglob('*'))
-    assert evaluate.main([*argv, '--output', str(tmp_path / 'report')]) == 2
+    assert evaluate.main(['--output', str(tmp_path / 'report'), *argv]) == 2
     error = capsys.readouterr().err
     assert error.startswith('mixsize_timm.evaluate: error: ') and error.count('\n') == 1 and message in error
     assert sorted(tmp_path.rglob('*')) == before
@@ -239,11 +249,32 @@ def test_an_evaluation_that_is_stopped_leaves_everything_as_it_was(tmp_path, run
     assert contents() == before and (tmp_path / 'report' / 'sizes.json').read_bytes() == report
 
 
-def test_a_report_where_nothing_can_be_written_is_one_line(tmp_path, image_folder, weights, capsys):
-    (tmp_path / 'file').write_text('')
-    assert evaluate.main([str(weights), *of_folder(image_folder), '--sizes', '32', '--calibrate', '0', '--output',
-                          str(tmp_path / 'file' / 'report')]) == 2
-    assert 'cannot write to' in capsys.readouterr().err
+def test_what_counts_the_outputs_is_on_their_device():
+    accelerator = SimpleNamespace(device=torch.device('meta'))
+    for args in (SimpleNamespace(task='classification'), SimpleNamespace(task='multilabel', multilabel_threshold=0.5)):
+        data = SimpleNamespace(args=args, accelerator=accelerator)
+        assert evaluate.create_task(torch.nn.Identity(), data).device.type == 'meta'
+
+
+def test_runs_of_other_images_are_not_compared(tmp_path, image_folder, runs, capsys):
+    assert train.main(['--model', 'test_resnet', '--img-size', '32', '--data-dir', str(image_folder), '--num-classes',
+                       '2', '-b', '4', '-j', '0', '--epochs', '1', '--calibrate', '1', '--calibrate-val', '1',
+                       '--output', str(tmp_path), '--experiment', 'folder']) == 0
+    assert evaluate.main([str(runs / 'mixed'), str(tmp_path / 'folder'), '--sizes', '32', '--output',
+                          str(tmp_path / 'report')]) == 2
+    assert 'trained on other images' in capsys.readouterr().err
+
+
+def test_a_run_in_lower_precision_with_regularisation_and_two_views_is_measured_alike(tmp_path):
+    assert train.main(['--model', 'test_resnet', '-b', '256', '--epochs', '1', '--calibrate', '2', '--calibrate-val',
+                       '1', '--model-dtype', 'bfloat16', '--mixsize-reg', '1', '--tta', '2', '--aa', 'rand-m9',
+                       '--output', str(tmp_path), '--experiment', 'run']) == 0
+    closing = json.loads((tmp_path / 'run' / 'sizes.json').read_text())['checkpoints'][0]['results']
+    for calibrated in ('2', 'kept'):
+        again = measure(tmp_path / 'run', '--calibrate', calibrated, folder=tmp_path / calibrated)
+        for row, other in zip(again['checkpoints'][0]['results'], closing):
+            assert row['top1'] == pytest.approx(other['top1'], abs=2 if calibrated == 'kept' else 0)
+            assert row['loss'] == pytest.approx(other['loss'], rel=0.01)
 
 
 def test_a_copied_run_whose_weights_were_exchanged_has_no_kept_statistics(tmp_path, runs, capsys):

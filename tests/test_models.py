@@ -5,7 +5,7 @@ import shutil
 import pytest
 import timm
 import torch
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.utils import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
@@ -168,6 +168,30 @@ def test_a_split_batch_norm_model_loads(tmp_path):
                        '--split-bn', '--aa', 'rand-m1', '--calibrate', '1', '--output', str(tmp_path), '--experiment',
                        'split']) == 0
     assert any('aux_bn' in name for name in load(str(tmp_path / 'split')).state_dict())
+
+
+def test_a_run_whose_average_is_kept_on_the_cpu_is_not_the_average(tmp_path):
+    """Training then validates the weights themselves, and keeps their statistics."""
+    assert train.main(['--model', 'test_resnet', '-b', '256', '--epochs', '1', '--model-ema', '--model-ema-force-cpu',
+                       '--calibrate', '1', '--calibrate-val', '1', '--output', str(tmp_path), '--experiment',
+                       'run:1']) == 0
+    model = load(str(tmp_path / 'run:1'), own_stats=True)
+    assert torch.equal(outputs(model), outputs(of(tmp_path / 'run:1' / 'last' / 'model.safetensors')))
+    assert load(str(tmp_path / 'run:1'), img_size=16).bn_stats.sizes == (16, 24, 32, 48)
+
+
+def test_a_checkpoint_beside_timms_arguments_knows_its_model(tmp_path):
+    torch.save({'state_dict': timm.create_model('test_resnet', num_classes=4).state_dict()}, tmp_path / 'best.pth.tar')
+    (tmp_path / 'args.yaml').write_text('model: test_resnet\nnum_classes: 4\ndata_dir: /data\naug_splits: 3\n')
+    found = find_checkpoint(str(tmp_path / 'best.pth.tar'))
+    assert found.create().num_classes == 4 and found.args.mixsize == 'off'
+
+
+def test_a_folder_of_bare_weights_needs_the_name_of_its_model(tmp_path):
+    save_file(timm.create_model('test_resnet', num_classes=4).state_dict(), tmp_path / 'model.safetensors')
+    with pytest.raises(ValueError, match='name it with --model'):
+        load(str(tmp_path))
+    assert load(str(tmp_path), model='test_resnet').num_classes == 4
 
 
 def test_without_batch_norm_any_size_is_ready():

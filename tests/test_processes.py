@@ -1,12 +1,15 @@
 """Several processes on the CPU, started by the documented command."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
+from timm.models import save_for_hf
 
 LAUNCH = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines',
           '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
@@ -89,3 +92,28 @@ def test_two_processes_keep_average_checkpoints_and_recovery_as_one_does(tmp_pat
         one, two = (load_file(tmp_path / name / f'{part}.safetensors') for name in ('one', 'two'))
         for name in one:
             torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5, msg=f'{part} {name}')
+
+
+def test_two_processes_evaluate_and_calibrate_as_one(tmp_path, image_folder):
+    """Seven validation images, and training images that fill six batches and a short one, dealt to two processes."""
+    (image_folder / 'validation' / 'cat' / '000.jpg').unlink()
+    (image_folder / 'train' / 'dog' / '000.jpg').unlink()
+    model = timm.create_model('test_resnet', num_classes=2)
+    save_for_hf(model, str(tmp_path / 'hub'), safe_serialization=True)
+    rows, statistics = [], []
+    for name, launcher in (('two', LAUNCH), ('one', [sys.executable])):
+        shutil.copytree(tmp_path / 'hub', tmp_path / name)
+        shared = ['--data-dir', image_folder, '--sizes', 32, 48, '-j', 0, '-b', 4]
+        launch('-m', 'mixsize_timm.evaluate', tmp_path / name, *shared, '--output', tmp_path / f'report-{name}',
+               launcher=launcher)
+        rows.append(json.loads((tmp_path / f'report-{name}' / 'sizes.json').read_text())['checkpoints'][0]['results'])
+        out = launch('-m', 'mixsize_timm.calibrate_model', tmp_path / name, *shared, launcher=launcher).stdout
+        assert out.count('are in') == 1
+        statistics.append(load_file(tmp_path / name / 'bn_stats.safetensors'))
+    for two, one in zip(*rows):
+        for key in ('top1', 'top5', 'top1_uncalibrated', 'top1_low', 'images', 'gmacs'):
+            assert two[key] == one[key], key
+        assert two['loss'] == pytest.approx(one['loss'], rel=1e-4)
+        assert two['loss_uncalibrated'] == pytest.approx(one['loss_uncalibrated'], rel=1e-5)
+    for name, tensor in statistics[1].items():
+        torch.testing.assert_close(statistics[0][name], tensor, rtol=1e-4, atol=1e-5, msg=name)

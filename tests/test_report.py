@@ -31,7 +31,7 @@ def checkpoint(name, top1, sizes=(16, 24, 32, 48), crop=None, training=None, cal
             'top1_uncalibrated': (own or top1)[i], 'top5_uncalibrated': 100.,
             **({'crop_pct': crop} if crop else {})})
     return {'name': name, 'checkpoint': f'runs/{name}', 'model': 'resnet18', 'calibrated': calibrated,
-            'training': training, 'results': rows}
+            'training': training, 'results': rows, 'data': {'split': 'validation'}}
 
 
 FIXED = checkpoint('fixed', [10, 60, 97, 20], training={'gmacs': 100., 'seconds': 50., 'steps': 10})
@@ -76,10 +76,15 @@ def test_each_crop_is_a_curve_of_its_own():
     part = checkpoint('a', [90, 92], (32, 48), crop=0.875)
     part['results'] += checkpoint('a', [91, 93], (32, 48), crop=1.0)['results']
     curves = make_curves([part])
-    assert [curve.name for curve in curves] == ['a, crop 0.875', 'a, crop 1']
+    assert [curve.label for curve in curves] == ['a, crop 0.875', 'a, crop 1']
     assert curves[1].value == (91, 93)
-    answers = all_answers(curves, 'a, crop 0.875')
-    assert [part['name'] for part in answers] == ['a, crop 1']
+    base = checkpoint('b', [80, 81], (32, 48), crop=1.0)
+    assert [(part['name'], part['baseline']) for part in all_answers(make_curves([part, base]), 'b')] == [
+        ('a, crop 0.875', 'b'), ('a, crop 1', 'b')]  # b has no other crop
+    base['results'] += checkpoint('b', [70, 71], (32, 48), crop=0.875)['results']
+    answers = all_answers(make_curves([base, part]), 'b')
+    assert [(part['name'], part['baseline'], part['baseline_best']) for part in answers] == [
+        ('a, crop 0.875', 'b, crop 0.875', 71), ('a, crop 1', 'b, crop 1', 81)]
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 100), st.floats(0, 100)), min_size=1, max_size=20))
@@ -110,6 +115,9 @@ def test_the_table_has_a_line_a_size_and_their_mean():
     assert re.search(r'24 +60.00 +58.00 - 62.00 +60.00 +100.00', lines[3])
     assert re.search(r'mean +46.75', lines[6]) and re.search(r'mean +97.12 +78.75', lines[14])
     assert len({len(line) for line in lines[1:7]}) == 1
+    mixed, alone = format_table(make_curves([FIXED, FIXED, MIXED])).split('\n\n')
+    assert mixed.startswith('fixed, mean of 2 runs') and 'own statistics' in mixed and '95 %' not in mixed
+    assert alone.startswith('mixed\n') and '95 % interval' in alone
     alone = format_table(make_curves([checkpoint('a', [1, 2], (8, 16), calibrated=0)]))
     assert 'statistics' not in alone and alone.splitlines()[0].startswith('img_size')
 
@@ -166,6 +174,14 @@ def test_plots_have_units_and_a_legend_beside_the_curves(plot):
     assert not box.overlaps(axes.get_window_extent()) and box.x0 >= 0 and box.x1 <= figure.bbox.width
     fonts = [text.get_fontsize() for text in (*legend.get_texts(), *axes.get_xticklabels(), axes.xaxis.label)]
     assert min(fonts) >= 9  # of a figure 8 inches wide: pixels at 800, no less than 12
+
+
+def test_the_bands_say_what_they_are():
+    seeds = [checkpoint('mixed', [90, 92, 94, 96]), checkpoint('mixed', [92, 94, 96, 98])]
+    assert drawn(against_size, seeds)[1].get_title() == (
+        'Bands: mean of several runs, from the lowest to the highest')
+    assert drawn(against_size, [*seeds, FIXED])[1].get_title() == (
+        'Bands: one run with its 95 % interval; mean of several runs, from the lowest to the highest')
 
 
 def test_the_ticks_are_the_sizes():

@@ -5,7 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixsize_timm.regime import Regime
-from mixsize_timm.sampler import EpochPlan, MixSizeBatchSampler, describe_plan, image_shares, plan_epoch, size_batches
+from mixsize_timm.sampler import (
+    DealtBatchSampler,
+    EpochPlan,
+    MixSizeBatchSampler,
+    describe_plan,
+    image_shares,
+    plan_epoch,
+    size_batches,
+)
 
 REGIMES = [
     Regime.preset('cifar', 32, batch_size=16, adapt='d+'),
@@ -161,3 +169,21 @@ def test_shares_add_up(weights, num_images):
     shares = image_shares(probs, num_images)
     assert sum(shares) == num_images
     assert all(abs(share - p * num_images) < 1 + 1e-6 for share, p in zip(shares, probs))
+
+
+@given(num_images=st.integers(1, 60), batch_size=st.integers(1, 9), num_batches=st.none() | st.integers(1, 20),
+       world_size=st.integers(1, 4), seed=st.integers(0, 5))
+def test_dealt_batches_are_the_same_for_any_number_of_processes(num_images, batch_size, num_batches, world_size, seed):
+    arguments = num_images, 32, batch_size, num_batches, seed
+    one = [group.images.tolist() for group in DealtBatchSampler(*arguments)]
+    dealt = [[group.images.tolist() for group in DealtBatchSampler(*arguments, rank, world_size)]
+             for rank in range(world_size)]
+    assert sorted(batch for part in dealt for batch in part) == sorted(one)
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+    images = [image for batch in one for image in batch]
+    assert len(set(images)) == len(images)
+    batch_size = max(batch_size, 2)
+    assert all(len(batch) == batch_size for batch in one[:-1])
+    assert len(one[-1]) in range(2, batch_size + 2) or num_images == 1  # no image is alone
+    assert num_batches is not None or len(images) == num_images
+    assert len(one) == min(num_batches or num_images, max(1, (num_images + batch_size - 2) // batch_size))
