@@ -15,12 +15,15 @@ from .calibration import calibrated_layers, warn_of_unserved
 from .checkpoint import MODEL_FILE, STATE_JSON
 from .errors import UsageError, check_writable, refusing, run_command
 from .models import CONFIG_FILE, find_checkpoint
-from .subject import Subject, create_parser, model_arguments, start_accelerator
+from .parser import Parser
+from .subject import Subject, add_shared_options, model_arguments, start_accelerator
+
+NAME = 'mixsize calibrate'
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command; the exit code is 0, 2 for what the user can mend, 130 after Ctrl-C."""
-    return run_command('mixsize_timm.calibrate_model', lambda: Calibration(parse_args(argv)).run(),
+    return run_command(NAME, lambda: Calibration(parse_args(argv)).run(),
                        lambda: 'nothing was written')
 
 
@@ -30,10 +33,10 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     Raises:
         UsageError: An argument's value cannot work.
     """
-    parser = create_parser(
-        'mixsize_timm.calibrate_model',
-        'Calibrate batch norm for many image sizes, on training images, which need no labels, and keep the statistics '
-        f'in {BN_STATS_FILE} beside the weights, for mixsize_timm.load(MODEL, img_size=...).', evaluation=False)
+    parser = Parser(
+        prog=NAME, usage='mixsize calibrate MODEL [options]',
+        description='Calibrate batch norm for many image sizes, on training images, which need no labels, and keep the '
+                    f'statistics in {BN_STATS_FILE} beside the weights, for mixsize_timm.load(MODEL, img_size=...).')
     parser.add_argument('checkpoint', metavar='MODEL',
                         help='a run\'s folder or a checkpoint in it, a folder in hub layout, a .safetensors or timm '
                              '.pth file, hf-hub:NAME, local-dir:DIR, or a timm model, whose trained weights are meant')
@@ -46,6 +49,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
                             'the weights; for weights that timm finds output/calibrate/ and the model)')
     group.add_argument('--overwrite', action='store_true', default=False,
                        help='replace statistics that are there already')
+    add_shared_options(parser, evaluation=False)
     args = parser.parse_args(argv)
     if args.calibrate < 1:
         raise UsageError(f'--calibrate must be at least 1, not {args.calibrate}')

@@ -145,7 +145,7 @@ class _Moments:
         if self.population:
             var = (var + self.between / self.images) * (self.values / (self.values - 1).clamp(min=1))
         self._set(self.mean, var)
-        if not self.layer.running_var.isfinite().all():
+        if var.isfinite().all() and not self.layer.running_var.isfinite().all():
             raise ValueError(f'a variance is beyond {str(self.layer.running_var.dtype).split(".")[-1]}: calibrate the '
                              'model in float32 or bfloat16')
         if getattr(self.layer, 'num_batches_tracked', None) is not None:

@@ -27,8 +27,9 @@ from .errors import UsageError, check_writable, refusing, run_command
 from .loaders import EvaluationData
 from .measure import measure_sizes, measure_speed, training_cost
 from .models import Checkpoint, find_checkpoint
+from .parser import Parser
 from .report import REPORT_FILES, all_answers, answer_lines, format_table, make_curves, write_report
-from .subject import Subject, create_parser, model_arguments, start_accelerator
+from .subject import Subject, add_shared_options, model_arguments, start_accelerator
 
 _logger = logging.getLogger(__name__)
 
@@ -48,9 +49,10 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     Raises:
         UsageError: An argument's value cannot work.
     """
-    parser = create_parser(
-        'mixsize_timm.evaluate', 'Measure checkpoints at many image sizes, with batch norm calibrated for each, and '
-                                 'write a report.')
+    parser = Parser(
+        prog='mixsize_timm.evaluate', usage='mixsize evaluate CHECKPOINT [CHECKPOINT ...] [options]',
+        description='Measure checkpoints at many image sizes, with batch norm calibrated for each, and write a report.',
+        epilog='Also "python -m mixsize_timm.evaluate ..." and "accelerate launch -m mixsize_timm.evaluate ...".')
     parser.add_argument('checkpoints', nargs='+', metavar='CHECKPOINT',
                         help='a run\'s folder or a checkpoint in it, a folder in hub layout, a .safetensors or timm '
                              '.pth file, hf-hub:NAME, local-dir:DIR, or with --pretrained a timm model')
@@ -76,6 +78,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     group.add_argument('--output', default='', metavar='DIR',
                        help='folder of the report (default: output/evaluate/ and the time)')
     group.add_argument('--overwrite', action='store_true', default=False, help='replace a report in --output')
+    add_shared_options(parser)
     args = parser.parse_args(argv)
     args.command = shlex.join(['mixsize', 'evaluate', *(sys.argv[1:] if argv is None else argv)])
     _check(args)
@@ -104,10 +107,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f'--baseline must be one of {", ".join(dict.fromkeys(args.names))}, not {args.baseline}')
     if args.baseline is not None and len(set(args.names)) == 1:
         raise UsageError('--baseline needs checkpoints of another name to compare with')
-    twice = [name for name in set(zip(args.checkpoints, args.names)) if list(
-        zip(args.checkpoints, args.names)).count(name) > 1]
-    if twice:
-        raise UsageError(f'{twice[0][0]} is given twice')
+    pairs = list(zip(args.checkpoints, args.names))
+    for pair in pairs:
+        if pairs.count(pair) > 1:
+            raise UsageError(f'{pair[0]} is given twice')
     registered = [name for name in args.checkpoints if not os.path.exists(name) and timm.is_model(name)]
     if registered and not args.pretrained:
         raise UsageError(f'{registered[0]} is the name of a model without weights: add --pretrained')
@@ -141,10 +144,8 @@ class Evaluation:
                 if stats is None or not stats.attach(model):
                     raise UsageError(f'{found.name} has no statistics of its own for other sizes: make them with '
                                      'mixsize calibrate')
-
         self._check_together()
-        if self.accelerator.is_main_process:
-            check_writable(self.folder)
+        check_writable(self.folder)
 
     def _check_together(self) -> None:
         """Refuse checkpoints that a table cannot show side by side."""

@@ -76,24 +76,24 @@ def count_gmacs(model: nn.Module, input_size: Tuple[int, int, int] = (3, 224, 22
     """Billions of multiply-accumulates of one image's forward pass.
 
     Half the operations that PyTorch's ``FlopCounterMode`` counts: those of convolutions, matrix products and
-    attention, without what is done element by element. The pass runs on the meta device, without arithmetic, where
-    the model works there, else on a copy on the CPU.
+    attention, without what is done element by element. The pass runs on a copy on the meta device, without arithmetic,
+    where the model works there, else on the model itself.
 
     Args:
-        model: The model; it is not touched.
+        model: The model.
         input_size: Channels, height and width of the image.
     """
-    for device in ('meta', 'cpu'):
-        counter = FlopCounterMode(display=False)
-        probe: Any = copy.deepcopy(model).to(device=device, dtype=torch.float32).eval()
-        try:
-            with counter:
-                probe(torch.zeros(1, *input_size, device=device))
-        except Exception:  # whatever it is that a model cannot do on the meta device
-            if device == 'cpu':
-                raise
-            continue
-        break
+    counter = FlopCounterMode(display=False)
+    try:
+        probe: Any = copy.deepcopy(model).to(device='meta', dtype=torch.float32).eval()
+        with counter:
+            probe(torch.zeros(1, *input_size, device='meta'))
+    except Exception:  # whatever it is that a model cannot do on the meta device
+        counter, parameter, training = FlopCounterMode(display=False), next(model.parameters()), model.training
+        model.eval()
+        with counter:
+            model(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
+        model.train(training)
     return counter.get_total_flops() / 2e9
 
 

@@ -174,7 +174,7 @@ def find_checkpoint(
             return Checkpoint(name, name, folder, None, dict(model_name=model, **model_args), use_ema)
         return Checkpoint(name, name, folder, _run_args(name, folder), model_args, use_ema)
     if not name.startswith((*_HUB, 'local-dir:')) and not timm.is_model(name):
-        raise UsageError(_no_model(name) if os.path.sep not in name else f'no checkpoint at {name}')
+        raise UsageError(f'no checkpoint at {name}' + (f', and {_no_model(name)}' if os.path.sep not in name else ''))
     folder = parse_model_name(name)[1] if name.startswith('local-dir:') else ''
     return Checkpoint(name, '', folder, None, dict(model_name=name, **model_args), use_ema)
 

@@ -30,12 +30,11 @@ DEVICE_OPTIONS = ('mixed_precision', 'device', 'amp', 'amp_dtype', 'model_dtype'
 _VALIDATION_ONLY = ('val_split', 'val_num_samples', 'target_format', *TASK_OPTIONS)
 
 
-def create_parser(prog: str, description: str, *, evaluation: bool = True) -> Parser:
-    """A parser with the options that the commands share, the checkpoints left to the caller.
+def add_shared_options(parser: Parser, *, evaluation: bool = True) -> None:
+    """Add the options that the commands share.
 
-    An option of the training command appears in the result only where the command line says it.
+    One of the training command appears in the result only where the command line says it.
     """
-    parser = Parser(prog=prog, description=description)
     group = parser.add_argument_group('Model')
     group.add_argument('--model', default='', metavar='MODEL',
                        help='timm model that the weights of a .safetensors or .pth file are of (default: as the '
@@ -52,14 +51,17 @@ def create_parser(prog: str, description: str, *, evaluation: bool = True) -> Pa
     _share(parser.add_argument_group('Augmentation of the images that are calibrated on (default: as the run\'s; '
                                      'else timm\'s)'), AUGMENTATION_OPTIONS)
     _share(parser.add_argument_group('Device'), DEVICE_OPTIONS)
-    return parser
 
 
 def _share(group: Any, names: Sequence[str]) -> None:
     """Give a group options of the training command, without a default."""
     actions = {action.dest: action for action in build_parser()._actions}
     helps = {'batch_size': 'images of a batch, per process (default: the run\'s; else 256)',
-             'num_classes': 'number of classes (default: as the weights have it)'}
+             'num_classes': 'number of classes (default: as the weights have it)',
+             'dataset': 'kind and name as timm has them: torch/cifar10, hfds/..., or digits (default: image folder or '
+                        'tar file)',
+             'val_split': 'split that is measured on (default: validation)',
+             'train_split': 'split that is calibrated on (default: train)'}
     for name in names:
         action = copy.copy(actions[name])
         action.default = argparse.SUPPRESS

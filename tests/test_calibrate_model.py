@@ -130,7 +130,7 @@ def test_what_cannot_work_is_one_line(hub_folder, unlabelled, capsys, options, m
     before = sorted(hub_folder.iterdir())
     assert command(hub_folder, *(option.format(flat=unlabelled) for option in options)) == 2
     error = capsys.readouterr().err
-    assert error.startswith('mixsize_timm.calibrate_model: error: ') and error.count('\n') == 1 and message in error
+    assert error.startswith('mixsize calibrate: error: ') and error.count('\n') == 1 and message in error
     assert sorted(hub_folder.iterdir()) == before
 
 

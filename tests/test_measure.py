@@ -62,8 +62,10 @@ class NotOnMeta(nn.Module):
         return self.layer(x[0, 0, :1] * x.sum().item())  # a value is asked for
 
 
-def test_a_model_that_does_not_work_on_the_meta_device_is_counted_on_the_cpu():
+def test_a_model_that_does_not_work_on_the_meta_device_is_counted_as_it_is():
     assert count_gmacs(NotOnMeta(), (3, 4, 4)) == pytest.approx(8e-9)
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()))
+    assert count_gmacs(scripted, (3, 8, 8)) == pytest.approx(3 * 4 * 64 / 1e9) and scripted.training
 
 
 def test_training_counts_forward_and_backward_of_every_image():

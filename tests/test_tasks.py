@@ -98,7 +98,8 @@ def test_jensen_shannon_divergence_over_splits_with_batch_norms_of_their_own(run
     folder, training = run('--jsd-loss', '--aug-splits', 3, '--split-bn', '--aa', 'augmix-m3-w3', off=True)
     assert type(training.task.criterion).__name__ == 'JsdCrossEntropy' and training.task.criterion.num_splits == 3
     assert any('aux_bn' in name for name in load_file(folder / 'last' / 'model.safetensors'))
-    assert 'Not calibrated' in caplog.text
+    assert 'Not calibrated' not in caplog.text
+    assert json.loads((folder / 'sizes.json').read_text())['checkpoints'][0]['calibrated'] > 0
     images, targets = next(iter(training.data.loader))
     assert len(images) == len(targets) == 24 and torch.equal(targets[:8], targets[8:16])
 
