@@ -75,6 +75,7 @@ class Calibration:
         self.beside = bool(self.found.folder and not args.output)  # the weights stay where they are
         self.folder = self.found.folder if self.beside else args.output or os.path.join(
             'output', 'calibrate', safe_model_name(args.checkpoint))
+        self.saves_model = not self.beside
         self._look_around()
         check_writable(self.folder)
         self.data.open(train=True, validation=False)
@@ -92,19 +93,21 @@ class Calibration:
             again = [str(size) for size in self.sizes if size in self.stats.by_size]
             if again and not self.args.overwrite:
                 raise UsageError(f'{path} has {", ".join(again)} px already: leave them out, or --overwrite')
-        if self.beside or self.stats.by_size:  # the weights there are these
+        if self.beside:
             return
         there_too = [name for name in (CONFIG_FILE, MODEL_FILE) if os.path.exists(os.path.join(self.folder, name))]
         if os.path.exists(os.path.join(self.folder, STATE_JSON)):
             raise UsageError(f'{self.folder} is a checkpoint of a run: choose another --output')
-        if there_too and not self.args.overwrite:
+        if self.stats.by_size and CONFIG_FILE in there_too:  # this command wrote that folder, of these weights
+            self.saves_model = False
+        elif there_too and not self.args.overwrite:
             raise UsageError(f'{self.folder} already holds {there_too[0]}: choose another --output, or --overwrite')
 
     def run(self) -> None:
         """Calibrate for every size and write."""
         args = self.subject.args
         random_seed(args.seed, self.accelerator.process_index)
-        self.saved = None if self.beside else copy.deepcopy(self.model)  # in its own type
+        self.saved = copy.deepcopy(self.model) if self.saves_model else None  # in its own type
         self.model.to(device=self.accelerator.device, dtype=model_dtype(args))
         for size in self.sizes:
             self.stats.add(size, self.data.calibrate(self.model, size, self.args.calibrate))
@@ -115,7 +118,7 @@ class Calibration:
     def _write(self) -> None:
         path = os.path.join(self.folder, BN_STATS_FILE)
         with refusing(f'cannot write to {self.folder}'):
-            if not self.beside:
+            if self.saves_model:
                 self._save_model()
             self.stats.save(path)
         name = self.found.name if self.beside else self.folder

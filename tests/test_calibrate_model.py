@@ -119,6 +119,17 @@ def test_the_best_of_a_run_can_be_calibrated_too(tmp_path, image_folder):
     assert [row['img_size'] for row in rows] == [16, 24, 32, 48]
 
 
+def test_a_checkpoint_of_a_run_is_never_made_a_folder_of_the_hub(tmp_path, capsys):
+    """Its statistics are of the average: the weights themselves beside them would be lost."""
+    assert train.main(['--model', 'test_resnet', '-b', '256', '--epochs', '1', '--model-ema', '--calibrate', '1',
+                       '--calibrate-val', '1', '--output', str(tmp_path), '--experiment', 'run']) == 0
+    last = tmp_path / 'run' / 'last'
+    before = {path.name: path.read_bytes() for path in last.iterdir()}
+    assert command(tmp_path / 'run', '--output', last, '--sizes', 40, '--overwrite') == 2
+    assert 'is a checkpoint of a run' in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in last.iterdir()} == before
+
+
 @pytest.mark.parametrize('options, message', [
     (['--sizes', '32'], 'no images named'),
     (['--data-dir', '{flat}'], 'say which with --sizes'),

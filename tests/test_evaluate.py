@@ -82,7 +82,8 @@ def test_uncalibrated_it_is_timms_validation(tmp_path, image_folder, weights, op
 
 
 @pytest.mark.skipif('TIMM_CHECKOUT' not in os.environ, reason=(
-    "timm's wheel has no validate.py: set TIMM_CHECKOUT to a clone of its repository to compare with it"))
+    "timm's wheel has no validate.py, and the tests fetch nothing: the test before this one compares with timm's "
+    'loader and accuracy; set TIMM_CHECKOUT to a clone of its repository to compare with the script itself'))
 def test_uncalibrated_it_is_timms_script(tmp_path, image_folder, weights, runs):
     """One checkpoint of timm's on image folders, and one of ours, on the digits as files."""
     for split in ('train', 'validation'):
