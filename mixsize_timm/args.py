@@ -18,6 +18,7 @@ from .datasets import DIGITS
 from .errors import UsageError
 from .parser import build_parser
 from .regime import Regime
+from .tokens import holds_token
 
 _logger = logging.getLogger(__name__)
 
@@ -247,6 +248,10 @@ def resolve_precision(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace, given: argparse.Namespace) -> None:
     """Refuse what cannot work; ``given`` is what the command line alone says."""
+    for name, value in vars(args).items():
+        if holds_token(str(value)):
+            raise UsageError(f'{flag(name)} holds an access token, which would be written to {ARGS_FILE}: put it into '
+                             'the environment instead, such as HF_TOKEN')
     _check_ranges(args)
     parser = build_parser()
     for name, dependents in _DEPENDENTS.items():

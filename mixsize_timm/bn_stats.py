@@ -24,7 +24,7 @@ class BatchNormStats:
     """The statistics of one model's batch-norm layers at several image sizes.
 
     The file is a safetensors file of tensors ``[channels]`` named ``SIZE/LAYER.running_mean`` and
-    ``SIZE/LAYER.running_var``; its metadata says which weights they belong to.
+    ``SIZE/LAYER.running_var``; its metadata says which weights they belong to, and has their checksum.
 
     Args:
         weights: Fingerprint of the weights, see :func:`fingerprint`.
@@ -43,6 +43,10 @@ class BatchNormStats:
     def add(self, size: int, model: nn.Module) -> None:
         """Keep the statistics of a model that was calibrated for a size in pixels."""
         self.by_size[size] = _statistics(model)
+
+    def digest(self, size: int) -> str:
+        """The :func:`digest` of the statistics for a size."""
+        return _digest(self.by_size[size])
 
     def nearest(self, size: int) -> int:
         """The calibrated size with the smallest ratio to ``size``; the larger of two."""
@@ -93,7 +97,7 @@ class BatchNormStats:
         tensors = {f'{size}/{name}': tensor for size, statistics in self.by_size.items()
                    for name, tensor in statistics.items()}
         save_file(tensors, path + '.new', metadata={
-            'format': 'pt', 'weights': self.weights, 'sizes': json.dumps(self.sizes)})
+            'format': 'pt', 'weights': self.weights, 'sizes': json.dumps(self.sizes), 'sha256': _sha256(tensors)})
         os.replace(path + '.new', path)
 
     @classmethod
@@ -102,16 +106,20 @@ class BatchNormStats:
 
         Raises:
             FileNotFoundError: There is none.
-            ValueError: It is not readable.
+            ValueError: It is not readable, or was altered.
         """
         if not os.path.isfile(path):
             raise FileNotFoundError(f'no statistics at {path}')
         try:
             with safe_open(path, 'pt') as file:
-                stats = cls(file.metadata()['weights'])
-                for key in file.keys():  # noqa: SIM118 it is no dictionary
-                    size, name = key.split('/', 1)
-                    stats.by_size.setdefault(int(size), {})[name] = file.get_tensor(key)
+                metadata = file.metadata()
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 it is no dictionary
+            stats = cls(metadata['weights'])
+            if metadata.get('sha256', checksum := _sha256(tensors)) != checksum:
+                raise ValueError('they were altered')
+            for key, tensor in tensors.items():
+                size, name = key.split('/', 1)
+                stats.by_size.setdefault(int(size), {})[name] = tensor
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f'the statistics {path} are not readable: {" ".join(str(error).split())}') from error
         return stats
@@ -119,14 +127,28 @@ class BatchNormStats:
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of a model's weights, without its batch-norm statistics: tells whether statistics belong to them."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.rpartition('.')[2] not in _NOT_WEIGHTS:
-            tensor = tensor.detach().cpu()
-            tensor = tensor.float() if tensor.is_floating_point() else tensor  # a copy in another type is the same
-            digest.update(f'{name} {tuple(tensor.shape)}'.encode())
-            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return _sha256({name: tensor for name, tensor in model.state_dict().items()
+                    if name.rpartition('.')[2] not in _NOT_WEIGHTS})
+
+
+def digest(model: nn.Module) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a model's batch-norm statistics: tells results' origin."""
+    return _digest(_statistics(model))
+
+
+def _digest(statistics: Dict[str, torch.Tensor]) -> str:
+    return _sha256(statistics)[:16]
+
+
+def _sha256(tensors: Dict[str, torch.Tensor]) -> str:
+    """SHA-256 of names, shapes and values; a copy in another floating-point type is the same."""
+    result = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        values: Any = tensor.detach().cpu()
+        values = values.float() if values.is_floating_point() else values
+        result.update(f'{name} {tuple(values.shape)}'.encode())
+        result.update(values.contiguous().flatten().view(torch.uint8).numpy())
+    return result.hexdigest()
 
 
 def model_at(model: nn.Module, img_size: Optional[int]) -> nn.Module:

@@ -3,7 +3,6 @@ import argparse
 import copy
 import os
 import sys
-import tempfile
 from typing import Any, List, Optional
 
 from timm.models import safe_model_name, save_for_hf
@@ -14,7 +13,8 @@ from .bn_stats import BN_STATS_FILE, BatchNormStats, fingerprint
 from .calibration import calibrated_layers, warn_of_unserved
 from .checkpoint import MODEL_FILE, STATE_JSON
 from .errors import UsageError, check_writable, refusing, run_command
-from .models import CONFIG_FILE, find_checkpoint
+from .layout import CONFIG_FILE, staged
+from .models import find_checkpoint
 from .parser import Parser
 from .subject import Subject, add_shared_options, model_arguments, start_accelerator
 
@@ -63,7 +63,8 @@ class Calibration:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.found = find_checkpoint(args.checkpoint, model=args.model, use_ema=args.use_ema, **model_arguments(args))
+        self.found = find_checkpoint(args.checkpoint, model=args.model, use_ema=args.use_ema,
+                                     unsafe_pickle=args.unsafe_pickle, **model_arguments(args))
         self.accelerator = start_accelerator(args)
         self.subject = Subject(self.found, args)
         self.model, self.data = self.subject.create(self.accelerator)
@@ -119,22 +120,15 @@ class Calibration:
         path = os.path.join(self.folder, BN_STATS_FILE)
         with refusing(f'cannot write to {self.folder}'):
             if self.saves_model:
-                self._save_model()
+                model: Any = self.saved
+                with staged(self.folder) as aside:
+                    save_for_hf(model, aside, safe_serialization=True)
             self.stats.save(path)
         name = self.found.name if self.beside else self.folder
-        model = f', model={self.args.model!r}' if self.args.model and self.beside else ''
+        named = f', model={self.args.model!r}' if self.args.model and self.beside else ''
         print(f'The statistics for {", ".join(map(str, self.stats.sizes))} px are in {path} '
               f'({os.path.getsize(path) / 1e6:.2f} MB)\n'
-              f'mixsize_timm.load({name!r}, img_size={self.sizes[0]}{model}) gives the model for {self.sizes[0]} px')
-
-    def _save_model(self) -> None:
-        """Write the weights as they were, and the configuration; each file is whole before it stands in its place."""
-        os.makedirs(self.folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.folder) as aside:
-            model: Any = self.saved
-            save_for_hf(model, aside, safe_serialization=True)
-            for name in os.listdir(aside):
-                os.replace(os.path.join(aside, name), os.path.join(self.folder, name))
+              f'mixsize_timm.load({name!r}, img_size={self.sizes[0]}{named}) gives the model for {self.sizes[0]} px')
 
 
 if __name__ == '__main__':

@@ -8,6 +8,8 @@ from typing import Callable, Iterator
 from safetensors import SafetensorError
 from timm.utils import setup_default_logging
 
+from .tokens import mask
+
 
 class UsageError(ValueError):
     """Something the user asked for cannot be done; the message is one line that says what to do."""
@@ -53,7 +55,7 @@ def run_command(name: str, run: Callable[[], None], stopped: Callable[[], str]) 
         run()
     except UsageError as error:
         if first:
-            print(f'{name}: error: {error}', file=sys.stderr)
+            print(f'{name}: error: {mask(str(error))}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if first:

@@ -3,20 +3,17 @@ import argparse
 import copy
 import logging
 import os
-import platform
 import shlex
 import sys
 import time
 from typing import Any, Dict, List, Optional, Tuple
 
-import accelerate
 import timm
 import torch
 from timm.task import ClassificationTask, MultiLabelClassificationTask
 from timm.utils import random_seed
 from torch import nn
 
-from ._version import __version__
 from .args import model_dtype
 from .bn_stats import BatchNormStats, fingerprint
 from .calibration import calibrated_layers, warn_of_unserved
@@ -25,9 +22,10 @@ from .datasets import check_classes
 from .engine import in_format, validate
 from .errors import UsageError, check_writable, refusing, run_command
 from .loaders import EvaluationData
-from .measure import measure_sizes, measure_speed, training_cost
+from .measure import describe_weights, measure_sizes, measure_speed, training_cost
 from .models import Checkpoint, find_checkpoint
 from .parser import Parser
+from .provenance import environment
 from .report import REPORT_FILES, all_answers, answer_lines, format_table, make_curves, write_report
 from .subject import Subject, add_shared_options, model_arguments, start_accelerator
 
@@ -121,8 +119,8 @@ class Evaluation:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.found = [find_checkpoint(name, model=args.model, use_ema=args.use_ema, **model_arguments(args))
-                      for name in args.checkpoints]
+        self.found = [find_checkpoint(name, model=args.model, use_ema=args.use_ema, unsafe_pickle=args.unsafe_pickle,
+                                      **model_arguments(args)) for name in args.checkpoints]
         self.folder = args.output or os.path.join('output', 'evaluate', time.strftime('%Y%m%d-%H%M%S'))
         there = [name for name in REPORT_FILES if os.path.exists(os.path.join(self.folder, name))]
         if there and not args.overwrite:
@@ -195,6 +193,7 @@ class Evaluation:
         stats = found.statistics() if self.args.calibrate == KEPT else None
         if stats is None or not stats.attach(model):
             stats = BatchNormStats(fingerprint(model))
+        identity = describe_weights(model)
         model.to(device=self.accelerator.device, dtype=model_dtype(subject.args))
         if subject.args.channels_last:
             model.to(memory_format=torch.channels_last)
@@ -214,11 +213,12 @@ class Evaluation:
         if self._counted and calibrated:
             calibrated = data.num_calibration_batches(calibrated)
         cost = read_state(found.folder, 'cost') if found.folder else None
+        pretrained_cfg: Any = model.pretrained_cfg
         return {
             'name': name, 'checkpoint': found.name,
-            'model': found.args.model if found.args else (found.model_args or {})['model_name'],
-            'calibrated': calibrated, 'num_params': sum(p.numel() for p in model.parameters()),
-            'training': training_cost(model, cost, data.channels), 'data': _describe(data, found.use_ema),
+            'model': found.args.model if found.args else pretrained_cfg['architecture'],
+            **identity, 'calibrated': calibrated, 'training': training_cost(model, cost, data.channels),
+            'data': {**data.to_dict(), 'moving average': 'where there is one' if found.use_ema else 'no'},
             'results': results}
 
     def _measure_sizes(self, name: str, model: nn.Module, data: EvaluationData, sizes: Tuple[int, ...],
@@ -255,15 +255,7 @@ class Evaluation:
 
     def _settings(self) -> Dict[str, Any]:
         """What the report says about how it was made."""
-        device, precision = self.accelerator.device, self.accelerator.mixed_precision
-        name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
-        return {
-            'command': self.args.command, 'date': time.strftime('%Y-%m-%d'),
-            'device': f'{name}, {self.accelerator.num_processes} process(es)',
-            'machine': f'{platform.machine()}, {os.cpu_count()} CPU cores',
-            'mixed precision': precision,
-            'versions': f'mixsize-timm {__version__}, timm {timm.__version__}, torch {torch.__version__}, accelerate '
-                        f'{accelerate.__version__}, Python {platform.python_version()}'}
+        return {'command': self.args.command, **environment(self.accelerator)}
 
 
 def create_task(model: nn.Module, data: EvaluationData) -> Any:
@@ -273,15 +265,6 @@ def create_task(model: nn.Module, data: EvaluationData) -> Any:
         return MultiLabelClassificationTask(model, threshold=data.args.multilabel_threshold, device=device,
                                             verbose=False)
     return ClassificationTask(model, device=device, verbose=False)
-
-
-def _describe(data: EvaluationData, use_ema: bool) -> Dict[str, Any]:
-    """What the report says about a checkpoint's images and weights."""
-    args, config = data.args, data.config
-    return {'data': args.data_dir or args.dataset, 'split': args.val_split, 'batch size': args.batch_size,
-            'mean': config['mean'], 'std': config['std'], 'interpolation': config['interpolation'],
-            'crop mode': config['crop_mode'], 'weights': args.model_dtype or 'float32',
-            'moving average': 'where there is one' if use_ema else 'no', **({'tta': args.tta} if args.tta else {})}
 
 
 if __name__ == '__main__':

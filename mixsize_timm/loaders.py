@@ -91,6 +91,14 @@ class EvaluationData:
         """Validation images; of data that stream the number is not known beforehand."""
         return None if isinstance(self.validation, IterableDataset) else len(self.validation)
 
+    def to_dict(self) -> Dict[str, Any]:
+        """What results say about the images that they are of, and how they were prepared."""
+        args, config = self.args, self.config
+        return {'data': args.data_dir or args.dataset, 'split': args.val_split, 'batch size': args.batch_size,
+                'mean': config['mean'], 'std': config['std'], 'interpolation': config['interpolation'],
+                'crop mode': config['crop_mode'], 'weights': args.model_dtype or 'float32',
+                **({'tta': args.tta} if args.tta else {})}
+
     def num_calibration_batches(self, wanted: int) -> int:
         """Batches that calibration takes where so many are asked for: at most one epoch."""
         if isinstance(self.train, IterableDataset):

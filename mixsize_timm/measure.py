@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .bn_stats import BatchNormStats
+from .bn_stats import BatchNormStats, digest, fingerprint
 
 Z_95 = 1.959964  # of the normal distribution: 95 % lie within so many deviations
 
@@ -39,22 +39,36 @@ def measure_sizes(
     Returns:
         A row for each size: ``img_size``, ``images``, ``gmacs``, the metrics as the model is used, and with
         ``_uncalibrated`` behind their names those with its own statistics; of ``top1`` and ``top5`` with ``_low`` and
-        ``_high`` the ends of the 95 % interval.
+        ``_high`` the ends of the 95 % interval; ``statistics``, the :func:`~mixsize_timm.bn_stats.digest` of the
+        batch-norm statistics as the model is used.
     """
     rows = []
     for size in sizes:
         own = used = validate(model, size)
+        statistics = digest(model)
         if calibrate is not None:
             calibrated = calibrate(model, size)
-            used = validate(calibrated, size)
+            used, statistics = validate(calibrated, size), digest(calibrated)
             if stats is not None:
                 stats.add(size, calibrated)
         row = {'img_size': size, 'images': num_images, 'gmacs': count_gmacs(model, shape(size)), **used}
         for name in ('top1', 'top5'):
             if name in used and num_images:
                 row[f'{name}_low'], row[f'{name}_high'] = accuracy_interval(used[name], num_images)
-        rows.append({**row, **{f'{name}_uncalibrated': value for name, value in own.items()}})
+        rows.append({**row, **{f'{name}_uncalibrated': value for name, value in own.items()},
+                     'statistics': statistics})
     return rows
+
+
+def describe_weights(model: nn.Module) -> Dict[str, Any]:
+    """What results say about the model that they are of.
+
+    Returns:
+        ``weights``, the :func:`~mixsize_timm.bn_stats.fingerprint`; ``statistics``, the
+        :func:`~mixsize_timm.bn_stats.digest` of its own statistics; ``num_params``.
+    """
+    return {'weights': fingerprint(model), 'statistics': digest(model),
+            'num_params': sum(parameter.numel() for parameter in model.parameters())}
 
 
 def accuracy_interval(accuracy: float, num_images: int) -> Tuple[float, float]:

@@ -7,8 +7,6 @@ from typing import Any, Dict, Optional
 
 import timm
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.utils import EntryNotFoundError
 from timm.data import resolve_data_config
 from timm.layers import convert_splitbn_model
 from timm.models import load_state_dict, parse_model_name
@@ -19,8 +17,8 @@ from .bn_stats import BN_STATS_FILE, BatchNormStats, input_size, model_at, set_i
 from .calibration import calibrated_layers
 from .checkpoint import EMA_FILE, MODEL_FILE, newest_checkpoint
 from .errors import UsageError, refusing
+from .layout import CONFIG_FILE, check_folder, fetch
 
-CONFIG_FILE = 'config.json'
 _HUB = ('hf-hub:', 'hf_hub:')
 
 
@@ -78,6 +76,7 @@ class Checkpoint:
         name: As the user named it.
         weights: File of the weights; empty where timm finds them.
         folder: Folder that statistics for other sizes are beside the weights in; empty where there is none.
+        run: Folder with the records of the run, if it is a run's.
         args: Arguments of the run that trained it, if it is a run's.
         model_args: Arguments of ``timm.create_model``; for a run's those beside its own.
         use_ema: Whether the moving average is taken where there is one.
@@ -85,6 +84,7 @@ class Checkpoint:
     name: str
     weights: str = ''
     folder: str = ''
+    run: str = ''
     args: Optional[argparse.Namespace] = None
     model_args: Optional[Dict[str, Any]] = None
     use_ema: bool = True
@@ -108,12 +108,6 @@ class Checkpoint:
     def statistics(self) -> Optional[BatchNormStats]:
         """The statistics kept beside the weights, if there are any."""
         with refusing(f'cannot load {self.name}'):
-            if self.name.startswith(_HUB):
-                path, _, revision = parse_model_name(self.name)[1].partition('@')
-                try:
-                    return BatchNormStats.load(hf_hub_download(path, BN_STATS_FILE, revision=revision or None))
-                except EntryNotFoundError:
-                    return None
             path = os.path.join(self.folder, BN_STATS_FILE)
             return BatchNormStats.load(path) if self.folder and os.path.exists(path) else None
 
@@ -138,6 +132,7 @@ def find_checkpoint(
         *,
         model: str = '',
         use_ema: bool = True,
+        unsafe_pickle: bool = False,
         **model_args: Any,
 ) -> Checkpoint:
     """Find out what a name stands for.
@@ -148,14 +143,19 @@ def find_checkpoint(
             whose trained weights are meant.
         model: timm model that a file's weights are of; read from the run's ``args.yaml`` beside it if it is left out.
         use_ema: Take the moving average of the weights where there is one.
+        unsafe_pickle: Take pickled weights of a repository or folder in hub layout that has no others. They can run
+            code when they are read.
         **model_args: Further arguments of ``timm.create_model``.
 
     Raises:
-        UsageError: Nothing is there, or it does not say what model it is.
+        UsageError: Nothing is there, it does not say what model it is, or it is not to be trusted.
     """
+    hub_folder = _hub_folder(name, unsafe_pickle)
+    if hub_folder:
+        check_folder(hub_folder, unsafe_pickle=unsafe_pickle)
+        options = dict(model_name=f'local-dir:{hub_folder}', **model_args)
+        return Checkpoint(name, folder=hub_folder, model_args=options, use_ema=use_ema)
     if os.path.isdir(name):
-        if os.path.isfile(os.path.join(name, CONFIG_FILE)):
-            return Checkpoint(name, '', name, None, dict(model_name=f'local-dir:{name}', **model_args), use_ema)
         folder = name if _holds_weights(name) else newest_checkpoint(name)
         folder = folder if _holds_weights(folder) else folder + '.old'  # stopped between two renames
         weights = os.path.join(folder, MODEL_FILE)
@@ -163,20 +163,21 @@ def find_checkpoint(
             raise UsageError(f'no checkpoint in {name}: expected a run with {ARGS_FILE} and last/{MODEL_FILE}, or '
                              f'{CONFIG_FILE} and {MODEL_FILE}')
         if model:
-            return Checkpoint(name, weights, folder, None, dict(model_name=model, **model_args), use_ema)
-        args, average = _run_args(name, folder), os.path.join(folder, EMA_FILE)
+            return Checkpoint(name, weights, folder, model_args=dict(model_name=model, **model_args), use_ema=use_ema)
+        run, average = _run_of(name, folder), os.path.join(folder, EMA_FILE)
+        args = _run_args(run)
         if use_ema and os.path.isfile(average) and not args.model_ema_force_cpu:  # that one was not validated
             weights = average
-        return Checkpoint(name, weights, folder, args, model_args, use_ema)
+        return Checkpoint(name, weights, folder, run, args, model_args, use_ema)
     if os.path.isfile(name):
         folder = os.path.dirname(os.path.abspath(name))
         if model:
-            return Checkpoint(name, name, folder, None, dict(model_name=model, **model_args), use_ema)
-        return Checkpoint(name, name, folder, _run_args(name, folder), model_args, use_ema)
-    if not name.startswith((*_HUB, 'local-dir:')) and not timm.is_model(name):
+            return Checkpoint(name, name, folder, model_args=dict(model_name=model, **model_args), use_ema=use_ema)
+        run = _run_of(name, folder)
+        return Checkpoint(name, name, folder, run, _run_args(run), model_args, use_ema)
+    if not timm.is_model(name):
         raise UsageError(f'no checkpoint at {name}' + (f', and {_no_model(name)}' if os.path.sep not in name else ''))
-    folder = parse_model_name(name)[1] if name.startswith('local-dir:') else ''
-    return Checkpoint(name, '', folder, None, dict(model_name=name, **model_args), use_ema)
+    return Checkpoint(name, model_args=dict(model_name=name, **model_args), use_ema=use_ema)
 
 
 def load(
@@ -186,6 +187,7 @@ def load(
         model: str = '',
         use_ema: bool = True,
         own_stats: bool = False,
+        unsafe_pickle: bool = False,
         **model_args: Any,
 ) -> nn.Module:
     """A trained model ready for an image size.
@@ -200,6 +202,7 @@ def load(
         model: timm model that a file's weights are of.
         use_ema: Take the moving average of the weights where there is one.
         own_stats: Leave the statistics that the weights were saved with.
+        unsafe_pickle: Take pickled weights where a repository has no others. They can run code when they are read.
         **model_args: Further arguments of ``timm.create_model``.
 
     Returns:
@@ -211,8 +214,9 @@ def load(
 
     Example:
         >>> model = mixsize_timm.load('output/train/my-run', img_size=160)
+        >>> model = mixsize_timm.load('hf-hub:org/name', img_size=160)
     """
-    found = find_checkpoint(checkpoint, model=model, use_ema=use_ema, **model_args)
+    found = find_checkpoint(checkpoint, model=model, use_ema=use_ema, unsafe_pickle=unsafe_pickle, **model_args)
     loaded = found.create()
     if not calibrated_layers(loaded) or own_stats:
         if img_size is not None:
@@ -233,13 +237,26 @@ def _holds_weights(folder: str) -> bool:
     return os.path.isfile(os.path.join(folder, MODEL_FILE))
 
 
-def _run_args(name: str, folder: str) -> argparse.Namespace:
-    """The arguments of the run that a checkpoint's folder is of."""
+def _hub_folder(name: str, unsafe_pickle: bool) -> str:
+    """The folder in hub layout that a name stands for, fetched where it is the hub's; empty where it is none."""
+    if name.startswith(_HUB):
+        return fetch(parse_model_name(name)[1], unsafe_pickle=unsafe_pickle)
+    folder = parse_model_name(name)[1] if name.startswith('local-dir:') else name
+    is_one = folder != name or os.path.isfile(os.path.join(name, CONFIG_FILE))
+    return folder if is_one else ''
+
+
+def _run_of(name: str, folder: str) -> str:
+    """The folder with the arguments of the run that a checkpoint's folder is of."""
     for place in (folder, os.path.dirname(os.path.abspath(folder))):
         if os.path.isfile(os.path.join(place, ARGS_FILE)):
-            is_ours = 'mixsize' in read_yaml(os.path.join(place, ARGS_FILE))  # else it is of timm's script
-            return parse_args(['--resume', place, *([] if is_ours else ['--mixsize', 'off'])])
+            return place
     raise UsageError(f'{name} does not say what model it is: name it with --model')
+
+
+def _run_args(run: str) -> argparse.Namespace:
+    is_ours = 'mixsize' in read_yaml(os.path.join(run, ARGS_FILE))  # else it is of timm's script
+    return parse_args(['--resume', run, *([] if is_ours else ['--mixsize', 'off'])])
 
 
 def _num_classes(model: Any, state: Dict[str, torch.Tensor]) -> int:

@@ -44,6 +44,9 @@ def add_shared_options(parser: Parser, *, evaluation: bool = True) -> None:
                            help='take timm\'s trained weights where a checkpoint is the name of a timm model')
     group.add_argument('--use-ema', action=argparse.BooleanOptionalAction, default=True,
                        help='take the moving average of the weights where there is one (default: yes)')
+    group.add_argument('--unsafe-pickle', action='store_true', default=False,
+                       help='take pickled weights where a repository of the hub, or a folder in its layout, has no '
+                            'others; they can run code when they are read')
     _share(group, MODEL_OPTIONS)
     _share(parser.add_argument_group('Data set (default: the one that the run was trained on)'),
            [name for name in (*DATA_OPTIONS, *TASK_OPTIONS) if evaluation or name not in _VALIDATION_ONLY])

@@ -1,6 +1,7 @@
 """Train a timm model at mixed image sizes: ``accelerate launch -m mixsize_timm.train --model resnet50``."""
 import argparse
 import glob
+import json
 import logging
 import math
 import os
@@ -37,11 +38,13 @@ from .checkpoint import (
     save_checkpoint,
     set_random_state,
 )
+from .datasets import class_names
 from .engine import train_one_epoch, validate
 from .errors import UsageError, refusing, run_command
 from .loaders import Data
-from .measure import measure_sizes, training_cost
+from .measure import describe_weights, measure_sizes, training_cost
 from .models import create_model
+from .provenance import RUN_FILE, command_line, environment, read_run
 from .regularization import SizeRegularization
 from .report import METRIC_NAMES, SIZES_FILE, format_table, make_curves, write_sizes
 from .smoothing import GradientSmoother
@@ -52,13 +55,12 @@ _logger = logging.getLogger(__name__)
 SUMMARY_FILE = 'summary.csv'
 
 
-
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command; the exit code is 0, 2 for what the user can mend, 130 after Ctrl-C."""
     started: List[Training] = []
 
     def run() -> None:
-        started.append(Training(parse_args(argv)))
+        started.append(Training(parse_args(argv), command_line(argv, 'mixsize_timm.train')))
         started[0].run()
 
     def stopped() -> str:
@@ -68,10 +70,16 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 class Training:
-    """One run of the command. The constructor finds all that cannot work; :meth:`run` trains."""
+    """One run of the command. The constructor finds all that cannot work; :meth:`run` trains.
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    Args:
+        args: Parsed arguments.
+        command: The command, for the run's records.
+    """
+
+    def __init__(self, args: argparse.Namespace, command: str = '') -> None:
         self.args = args
+        self.command = command
         self.stated = dict(vars(args))  # before anything is derived from it
         self.accelerator = create_accelerator(args)
         random_seed(args.seed, self.accelerator.process_index)
@@ -93,6 +101,7 @@ class Training:
         self.best: Optional[float] = None
         # of the finished epochs; unknown where it was not counted from the start
         self.cost: Optional[Dict[str, Any]] = {'samples': Counter(), 'steps': 0, 'seconds': 0.}
+        self.starts: List[Dict[str, Any]] = []
         self.folder = self._choose_folder()
         self.history = CheckpointHistory(self.folder, args.checkpoint_hist)
         if args.resume:
@@ -239,9 +248,11 @@ class Training:
         if self.accelerator.is_main_process:
             checkpoint = {
                 'name': os.path.basename(self.folder), 'checkpoint': self.folder, 'model': args.model,
+                **describe_weights(self._used_model()),
                 'calibrated': self.data.num_calibration_batches(args.calibrate) if calibrated else 0,
                 'training': training_cost(self.model, self._cost_state(), self.data.channels),
-                'regime': self.data.regime.to_dict() if self.data.regime else None, 'results': results}
+                'data': self.data.to_dict(), 'regime': self.data.regime.to_dict() if self.data.regime else None,
+                'results': results}
             write_sizes(os.path.join(self.folder, SIZES_FILE),
                         {'metric': args.eval_metric, 'checkpoints': [checkpoint]})
             print('\nThe final weights on the validation images, accuracies in per cent\n')
@@ -313,6 +324,7 @@ class Training:
                 os.makedirs(self.folder, exist_ok=True)
                 trim_summary(os.path.join(self.folder, SUMMARY_FILE), self.start_epoch)
                 _write_text(os.path.join(self.folder, ARGS_FILE), yaml.safe_dump(self.stated))
+                _write_text(os.path.join(self.folder, RUN_FILE), json.dumps(self._describe(), indent=2) + '\n')
             except OSError as error:
                 raise UsageError(f'cannot write to {self.folder}: {error.strerror}') from error
         open_trackers(self.args, self.accelerator, self.folder)
@@ -324,6 +336,15 @@ class Training:
                      self.start_epoch, self.stop_epoch - 1, self.accelerator.num_processes,
                      'process' if self.accelerator.num_processes == 1 else 'processes',
                      self.accelerator.device.type, self.folder)
+
+    def _describe(self) -> Dict[str, Any]:
+        """What the run's folder says of its starts and its data."""
+        data = self.data
+        start = {'command': self.command, 'epoch': self.start_epoch, **environment(self.accelerator)}
+        return {'starts': [*self.starts, start],
+                'data': {'train_images': len(data.train),
+                         'validation_images': data.num_images if data.validation is not None else 0,
+                         'class_names': class_names(data.train)}}
 
     def _state(self, epoch: int) -> Dict[str, Any]:
         """What a run that starts at ``epoch`` needs besides the model. Called by every process."""
@@ -372,6 +393,8 @@ class Training:
         else:
             _logger.warning('The run was saved by %d processes: random states start afresh', len(state['random']))
         self.start_epoch = state['epoch']
+        with refusing():
+            self.starts = read_run(run_folder(path)).get('starts', [])
         self.cost = state.get('cost')
         if self.cost is not None:
             self.cost['samples'] = Counter({

@@ -5,7 +5,6 @@ import shutil
 import pytest
 import timm
 import torch
-from huggingface_hub.utils import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
@@ -122,23 +121,14 @@ def test_a_folder_in_hub_layout(hub_folder, prefix):
     assert torch.equal(outputs(load(f'{prefix}{folder}')), outputs(model))
 
 
-def test_statistics_come_from_the_hub_too(hub_folder, tmp_path, monkeypatch):
+def test_a_repository_of_the_hub_is_loaded_as_the_folder_it_is_fetched_to(hub_folder, monkeypatch):
     folder, model = hub_folder
     data = ['--dataset', 'digits', '--mean', '0.5', '--std', '0.5', '-j', '0', '-b', '256', '--no-aug']
     assert calibrate_model.main([str(folder), '--sizes', '16', '24', *data]) == 0
-    monkeypatch.setattr(timm, 'create_model', lambda model_name, pretrained, original=timm.create_model: original(
-        model_name.replace('hf-hub:org/name@v1', f'local-dir:{folder}'), pretrained=pretrained))
     asked = []
-
-    def download(repository, name, revision=None):
-        asked.append((repository, name, revision))
-        if not (folder / name).exists():
-            raise EntryNotFoundError('none')
-        return str(folder / name)
-
-    monkeypatch.setattr(models, 'hf_hub_download', download)
+    monkeypatch.setattr(models, 'fetch', lambda name, **options: asked.append((name, options)) or str(folder))
     remote, local = load('hf-hub:org/name@v1', img_size=16), load(str(folder), img_size=16)
-    assert asked == [('org/name', 'bn_stats.safetensors', 'v1')]
+    assert asked == [('org/name@v1', {'unsafe_pickle': False})]
     assert torch.equal(outputs(remote), outputs(local)) and not torch.equal(outputs(remote), outputs(model))
     (folder / 'bn_stats.safetensors').unlink()
     assert torch.equal(outputs(load('hf-hub:org/name@v1')), outputs(model))
@@ -146,7 +136,8 @@ def test_statistics_come_from_the_hub_too(hub_folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name, message', [
     ('{tmp}', 'no checkpoint in'), ('{tmp}/nowhere.safetensors', 'no checkpoint at'),
-    ('resnet5O', 'did you mean resnet50'), ('local-dir:{tmp}', 'cannot load'), ('ftp:x', 'timm has no model'),
+    ('resnet5O', 'did you mean resnet50'), ('local-dir:{tmp}', 'no configuration of a timm model'),
+    ('ftp:x', 'timm has no model'),
 ])
 def test_what_is_not_there_is_one_line(tmp_path, name, message):
     with pytest.raises(UsageError, match=message) as caught:
