@@ -1,10 +1,8 @@
 """The arguments of a run: the command line over configuration files over defaults, checked."""
 import argparse
 import difflib
-import importlib.resources
 import logging
 import os
-from pathlib import Path
 from typing import Any, Dict, List, Optional, Set, Tuple
 
 import torch
@@ -18,6 +16,7 @@ from .datasets import DIGITS
 from .errors import UsageError
 from .parser import build_parser
 from .regime import Regime
+from .resources import read_resource
 from .tokens import holds_token
 
 _logger = logging.getLogger(__name__)
@@ -83,11 +82,7 @@ def output_folder(output: str, experiment: str) -> str:
 
 
 def _recipe(name: str) -> Dict[str, Any]:
-    try:
-        folder: Any = importlib.resources.files('mixsize_timm.recipes')
-    except ModuleNotFoundError:  # run from a clone that is not installed
-        folder = Path(__file__).parents[1] / 'recipes'
-    return yaml.safe_load(folder.joinpath(f'{name}.yaml').read_text(encoding='utf-8'))
+    return yaml.safe_load(read_resource('recipes', f'{name}.yaml'))
 
 
 def read_yaml(path: str) -> Dict[str, Any]:

@@ -7,6 +7,8 @@ _COMMANDS = {
     'train': ('mixsize_timm.train', 'train a timm model; takes what "python -m mixsize_timm.train" takes'),
     'evaluate': ('mixsize_timm.evaluate', 'measure models at many image sizes, and write a report'),
     'calibrate': ('mixsize_timm.calibrate_model', 'keep batch-norm statistics for many sizes beside a model'),
+    'hub': ('mixsize_timm.hub', 'publish models on the Hugging Face hub, and fetch them: export, verify, push, pull, '
+                                'onnx'),
 }
 
 

@@ -37,20 +37,21 @@ def check_writable(folder: str) -> None:
         raise UsageError(f'cannot write to {folder}: {place} is {"read-only" if os.path.isdir(place) else "a file"}')
 
 
-def run_command(name: str, run: Callable[[], None], stopped: Callable[[], str]) -> int:
+def run_command(name: str, run: Callable[[], None], stopped: Callable[[], str], level: int = logging.INFO) -> int:
     """Do a command's work; what the user can mend is said once, in one line.
 
     Args:
         name: The command.
         run: Its work.
         stopped: Says what Ctrl-C leaves.
+        level: From which level on the log is shown.
 
     Returns:
         The exit code: 0, 2 for what the user can mend, 130 after Ctrl-C.
     """
     first = os.environ.get('LOCAL_RANK', '0') == '0'
     if not logging.root.handlers:  # a caller's own logging is left alone
-        setup_default_logging(logging.INFO if first else logging.WARNING)
+        setup_default_logging(level if first else logging.WARNING)
     try:
         run()
     except UsageError as error:

@@ -85,7 +85,7 @@ def _refuse_pickles(name: str, there: Sequence[str]) -> None:
     raise UsageError(f'{name} has no {MODEL_FILE}')
 
 
-def check_folder(folder: str, *, unsafe_pickle: bool = False) -> Dict[str, Any]:
+def check_folder(folder: str, *, unsafe_pickle: bool = False) -> None:
     """Check a folder before anything is read from it into memory.
 
     The configuration must be timm's and name no weights but those beside it. The weights must be a whole safetensors
@@ -96,19 +96,16 @@ def check_folder(folder: str, *, unsafe_pickle: bool = False) -> Dict[str, Any]:
         folder: The folder.
         unsafe_pickle: Accept pickled weights where there are no others, unchecked.
 
-    Returns:
-        The configuration.
-
     Raises:
         UsageError: Something is wrong with it.
     """
-    config = _read_config(os.path.join(folder, CONFIG_FILE))
+    config = read_config(folder)
     path = os.path.join(folder, MODEL_FILE)
     if not os.path.isfile(path):
         pickled = os.path.isfile(os.path.join(folder, _PICKLED_WEIGHTS))
         if not (pickled and unsafe_pickle):
             _refuse_pickles(folder, os.listdir(folder))
-        return config
+        return
     tensors = read_header(path)
     ours = config.get(KEY)
     with refusing(f'{folder}/{CONFIG_FILE} makes no model'), torch.device('meta'):
@@ -120,10 +117,15 @@ def check_folder(folder: str, *, unsafe_pickle: bool = False) -> Dict[str, Any]:
     statistics = os.path.join(folder, BN_STATS_FILE)
     if os.path.isfile(statistics):
         _check_statistics(statistics, model)
-    return config
 
 
-def _read_config(path: str) -> Dict[str, Any]:
+def read_config(folder: str) -> Dict[str, Any]:
+    """The configuration in a folder.
+
+    Raises:
+        UsageError: It is not one of a timm model, or names other weights than those beside it.
+    """
+    path = os.path.join(folder, CONFIG_FILE)
     try:
         if os.path.getsize(path) > _MAX_CONFIG:
             raise ValueError(f'it has over {_MAX_CONFIG / 2**20:.0f} MiB')

@@ -32,7 +32,7 @@ def draw(folder: str, curves: 'Sequence[Curve]', metric: str) -> Dict[str, str]:
     """
     texts = {}
     for name, plot in zip(PLOTS, (against_size, against_gmacs)):
-        figure = plot(curves, f'{metric[:1].upper()}{metric[1:]} accuracy (%)')
+        figure = plot(curves, _label(metric))
         FigureCanvasAgg(figure)
         figure.savefig(os.path.join(folder, f'{name}.png'), dpi=200)
         file = io.StringIO()
@@ -42,6 +42,23 @@ def draw(folder: str, curves: 'Sequence[Curve]', metric: str) -> Dict[str, str]:
         with open(os.path.join(folder, f'{name}.svg'), 'w', encoding='utf-8') as svg:
             svg.write(texts[name])
     return texts
+
+
+def save_against_size(path: str, curves: 'Sequence[Curve]', metric: str) -> None:
+    """Write the plot of accuracy against image size alone, 1200 pixels wide.
+
+    Args:
+        path: File of any kind that matplotlib writes.
+        curves: What is shown.
+        metric: Name of the metric, in per cent.
+    """
+    figure = against_size(curves, _label(metric))
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=150)
+
+
+def _label(metric: str) -> str:
+    return f'{metric[:1].upper()}{metric[1:]} accuracy (%)'
 
 
 def against_size(curves: 'Sequence[Curve]', ylabel: str) -> Figure:

@@ -65,7 +65,7 @@ def _typed(words: List[str]) -> List[str]:
 
 
 def read_run(folder: str) -> Dict[str, Any]:
-    """What a run's folder says of its starts and its data: ``starts`` and ``data``; empty where there is nothing.
+    """What a run's folder says: ``starts``, ``regime`` and ``data``; empty where there is nothing.
 
     Raises:
         ValueError: The file is not readable.

@@ -341,7 +341,7 @@ class Training:
         """What the run's folder says of its starts and its data."""
         data = self.data
         start = {'command': self.command, 'epoch': self.start_epoch, **environment(self.accelerator)}
-        return {'starts': [*self.starts, start],
+        return {'starts': [*self.starts, start], 'regime': data.regime.to_dict() if data.regime else None,
                 'data': {'train_images': len(data.train),
                          'validation_images': data.num_images if data.validation is not None else 0,
                          'class_names': class_names(data.train)}}

@@ -1,0 +1,1 @@
+"""The template of the model cards; packaged so that it is found after an installation."""
