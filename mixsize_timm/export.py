@@ -207,7 +207,7 @@ class Export:
             return row
         if statistics != published.own:
             return None
-        kept = {name: row[name] for name in ('img_size', 'images', 'gmacs', 'crop_pct') if name in row}
+        kept: Dict[str, Any] = {name: row[name] for name in ('img_size', 'images', 'gmacs', 'crop_pct') if name in row}
         own = {name: value for name, value in row.items() if name.endswith('_uncalibrated')}
         return {**kept, **{name.rpartition('_')[0]: value for name, value in own.items()}, **own,
                 'statistics': statistics}
