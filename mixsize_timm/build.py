@@ -27,6 +27,7 @@ from torch import nn
 from .args import mixing, model_dtype
 from .errors import UsageError, refusing
 from .loaders import Data
+from .models import check_source
 from .sizes import SizeProbe
 
 _logger = logging.getLogger(__name__)
@@ -149,6 +150,7 @@ def _create_distillation(args: argparse.Namespace, model: nn.Module, data: Data,
                          ) -> TrainingTask:
     options.update(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
     with refusing(f'--kd-model-name {args.kd_model_name}'):
+        check_source(args.kd_model_name, unsafe_pickle=args.unsafe_pickle)
         if args.kd_distill_type == 'feature':
             task: Any = FeatureDistillationTask(
                 model, args.kd_model_name, student_feature_dim=args.kd_student_feature_dim,

@@ -30,6 +30,8 @@ def create_model(args: argparse.Namespace) -> nn.Module:
     for name in ('pretrained_path', 'initial_checkpoint'):
         if fresh and getattr(args, name) and not os.path.exists(getattr(args, name)):
             raise UsageError(f'no weights at {getattr(args, name)}: check --{name.replace("_", "-")}')
+    if fresh and args.pretrained:
+        check_source(args.model, unsafe_pickle=args.unsafe_pickle)
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else {}
     overlay.update(args.pretrained_cfg_overlay)
     with refusing(f'cannot make {args.model}'):
@@ -45,6 +47,21 @@ def create_model(args: argparse.Namespace) -> nn.Module:
             model.set_grad_checkpointing(enable=True)
     args.num_classes = model.num_classes
     return model
+
+
+def check_source(name: str, *, unsafe_pickle: bool = False) -> None:
+    """Check the weights that timm is about to load, where they are named as a repository of the hub or a folder.
+
+    Args:
+        name: Name as timm has them.
+        unsafe_pickle: As in :func:`find_checkpoint`.
+
+    Raises:
+        UsageError: They are not to be trusted.
+    """
+    if ':' in name:
+        with refusing():
+            check_folder(_hub_folder(name, unsafe_pickle), unsafe_pickle=unsafe_pickle)
 
 
 def _no_model(name: str) -> str:
@@ -239,11 +256,10 @@ def _holds_weights(folder: str) -> bool:
 
 def _hub_folder(name: str, unsafe_pickle: bool) -> str:
     """The folder in hub layout that a name stands for, fetched where it is the hub's; empty where it is none."""
-    if name.startswith(_HUB):
-        return fetch(parse_model_name(name)[1], unsafe_pickle=unsafe_pickle)
-    folder = parse_model_name(name)[1] if name.startswith('local-dir:') else name
-    is_one = folder != name or os.path.isfile(os.path.join(name, CONFIG_FILE))
-    return folder if is_one else ''
+    if name.startswith((*_HUB, 'local-dir:')):
+        source, place = parse_model_name(name)
+        return fetch(place, unsafe_pickle=unsafe_pickle) if source == 'hf-hub' else place
+    return name if os.path.isfile(os.path.join(name, CONFIG_FILE)) else ''
 
 
 def _run_of(name: str, folder: str) -> str:

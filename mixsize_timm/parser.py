@@ -105,6 +105,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Model')
     group.add_argument('--model', default='resnet50', metavar='MODEL', help='timm model (default: resnet50)')
     group.add_argument('--pretrained', action='store_true', default=False, help='start from timm\'s trained weights')
+    group.add_argument('--unsafe-pickle', action='store_true', default=False,
+                       help='take pickled weights of a repository of the hub that has no others; they can run code '
+                            'when they are read')
     group.add_argument('--pretrained-path', default=None, metavar='PATH',
                        help='start from this file as if it held timm\'s trained weights, the head adapted')
     group.add_argument('--pretrained-cfg-overlay', nargs='*', default={}, action=_KeyValues, metavar='K=V',

@@ -26,6 +26,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import IterableImageDataset
 from timm.layers import BatchNormAct2d, DropBlock2d, DropPath, SplitBatchNorm2d, set_fast_norm
+from timm.models import save_for_hf
 from torch import nn
 from torchvision import transforms
 
@@ -530,6 +531,7 @@ FOLLOWED = {
     'mixup_off_epoch': 'test_mixing_stops_at_its_epoch_where_workers_persist',
     'sync_bn': 'test_batch_statistics_are_of_all_processes_on_gpus_and_refused_on_cpus',
     'dist_bn': 'test_running_statistics_of_processes_become_one',
+    'unsafe_pickle': 'test_pickled_weights_are_taken_where_their_risk_is_named',
     'tta': 'test_an_image_is_validated_together_with_its_mirror_image',
     **dict.fromkeys(('log_interval', 'val_interval', 'save_epochs', 'checkpoint_hist', 'recovery_interval',
                      'save_images'), 'test_a_run_shows_validates_and_keeps_what_it_is_told_to'),
@@ -637,6 +639,16 @@ def test_the_loss_of_distillation_reaches_the_task(fill):
     args.kd_loss_type = 'another'
     with pytest.raises(UsageError, match="Unsupported loss_type 'another'"):
         train.Training(args)
+
+
+def test_pickled_weights_are_taken_where_their_risk_is_named(fill, tmp_path):
+    model = timm.create_model('test_resnet', num_classes=2)
+    save_for_hf(model, str(tmp_path / 'hub'), safe_serialization=False)
+    options = f' --model local-dir:{tmp_path / "hub"} --pretrained'
+    with pytest.raises(UsageError, match='pickled weights only'):
+        Built(fill(BASE + options))
+    built = train.Training(parse_args(fill(BASE + options + ' --unsafe-pickle')))
+    assert torch.equal(built.model.fc.weight, model.fc.weight)
 
 
 def test_the_local_rank_is_in_the_environment_before_accelerate_looks(fill, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import write_images
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
@@ -17,7 +18,6 @@ from mixsize_timm import calibrate_model, evaluate, hub, load, train
 from mixsize_timm.bn_stats import BatchNormStats
 from mixsize_timm.export import HUB_FILES
 from mixsize_timm.report import SIZES_FILE
-from tests.conftest import write_images
 
 CARD_TEMPLATE = Path(__file__).parents[1] / 'hub' / 'card.md.jinja'
 FAMILIES = {

@@ -10,12 +10,12 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
+from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 
 from mixsize_timm import evaluate, hub, load, train
 from mixsize_timm.export import HUB_FILES
-from tests.hub_server import HubServer
 
 TOKEN = 'hf_' + 'aB3' * 11
 REPO = 'tester/digits'
@@ -265,9 +265,13 @@ def test_a_repository_with_pickled_weights_alone_is_refused_and_they_are_not_fet
         load(f'hf-hub:{REPO}')
     assert 'pickled weights only' in refusal(capsys, 'pull', REPO, tmp_path / 'pulled')
     assert 'pickled weights only' in refusal_of(evaluate, capsys, f'hf-hub:{REPO}', '--dataset', 'digits')
+    trained = [*SHORT, '--output', str(tmp_path / 'out')]
+    for options in (['--model', f'hf-hub:{REPO}', '--pretrained'], ['--kd-model-name', f'hf-hub:{REPO}']):
+        assert 'pickled weights only' in refusal_of(train, capsys, *trained, *options)
     assert not any(method == 'GET' and 'resolve' in path and 'pytorch_model' in path
                    for method, path, _ in server.requests)
     assert torch.equal(logits(load(f'hf-hub:{REPO}', unsafe_pickle=True)), logits(load(str(folder), own_stats=True)))
+    assert train.main([*trained, '--model', f'hf-hub:{REPO}', '--pretrained', '--unsafe-pickle']) == 0
 
 
 def refusal_of(command, capsys, *argv):
