@@ -16,8 +16,8 @@ from .calibration import calibrated_layers
 _logger = logging.getLogger(__name__)
 
 BN_STATS_FILE = 'bn_stats.safetensors'
-_STATISTICS = ('running_mean', 'running_var')
-_NOT_WEIGHTS = (*_STATISTICS, 'num_batches_tracked')
+STATISTICS = ('running_mean', 'running_var')
+_NOT_WEIGHTS = (*STATISTICS, 'num_batches_tracked')
 
 
 class BatchNormStats:
@@ -119,6 +119,8 @@ class BatchNormStats:
                 raise ValueError('they were altered')
             for key, tensor in tensors.items():
                 size, name = key.split('/', 1)
+                if not torch.isfinite(tensor).all() or (name.endswith('running_var') and (tensor < 0).any()):
+                    raise ValueError(f'{key} has values that no statistics have')
                 stats.by_size.setdefault(int(size), {})[name] = tensor
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f'the statistics {path} are not readable: {" ".join(str(error).split())}') from error
@@ -190,4 +192,4 @@ def _statistics(model: nn.Module) -> Dict[str, torch.Tensor]:
     """Copies of the statistics of the layers that calibration serves, on the CPU."""
     layers = calibrated_layers(model).items()
     return {f'{layer}.{name}': tensor.detach().to('cpu', copy=True) for layer, module in layers
-            for name in _STATISTICS if (tensor := getattr(module, name, None)) is not None}
+            for name in STATISTICS if (tensor := getattr(module, name, None)) is not None}

@@ -1,6 +1,8 @@
 """The model card of a published model: what the run recorded, and nothing else."""
 import argparse
 import os
+import re
+from dataclasses import replace
 from typing import Any, Dict, List, Optional, Sequence
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -15,6 +17,7 @@ TASK = 'image-classification'
 CALIBRATED, OWN, NONE = 'calibrated', 'own', 'none'  # which batch-norm statistics are in the weights
 _METRIC_TYPES = {'top1': 'accuracy', 'top5': 'accuracy', 'map': 'mean_average_precision', 'micro_f1': 'f1',
                  'macro_f1': 'f1', 'sample_f1': 'f1'}
+_WITH = {CALIBRATED: ', calibrated,', OWN: ' with the statistics of training', NONE: ''}
 _ADAPT = {'d+': 'more augmented duplicates of each image (D+)', 'b+': 'a larger batch (B+)',
           'bd+': 'a larger batch and more augmented duplicates (BD+)', 'none': 'nothing'}
 
@@ -32,7 +35,8 @@ def make_card(
         run: Dict[str, Any],
         regime: Optional[Dict[str, Any]],
         args: Optional[argparse.Namespace],
-        epochs: Optional[int],
+        has_args: bool,
+        epochs: str,
         average: bool,
         base_model: Optional[str] = None,
         license: str = 'unknown',
@@ -54,7 +58,8 @@ def make_card(
         run: What :func:`~mixsize_timm.provenance.read_run` gave.
         regime: The regime of its training, as plain values.
         args: Arguments of the run, if it is known.
-        epochs: Epochs that it was trained for, if they are known.
+        has_args: Whether its ``args.yaml`` is beside the card.
+        epochs: What is said of the epochs that it was trained for; empty where they are not known.
         average: Whether the weights are a moving average.
         base_model: Name on the hub of the model whose weights training started from.
         license: Identifier of the license, as the hub has them.
@@ -68,11 +73,11 @@ def make_card(
         license=license, library_name='timm', pipeline_tag=TASK, tags=[TASK, 'timm', 'mixsize'],
         datasets=[dataset] if dataset else None, base_model=base_model,
         metrics=sorted({_METRIC_TYPES[key] for key in _measured(results)}) or None,
-        model_name=name, eval_results=eval_results(results, dataset, split, stats, img_size))
-    data_of_run = run.get('data', {})
+        model_name=name, eval_results=eval_results(results, dataset, split, stats))
+    data_of_run, starts = run.get('data', {}), run.get('starts', [])
     cells, curve = None, None
     if results:
-        curve = make_curves([{**results, 'name': name}], metric)[0]
+        curve = make_curves([results], metric)[0]
         cells = table_cells(curve, metric)[:-1]  # without the mean, which the results do not have
     others = [size for size in (sizes or (curve.sizes if curve else ())) if size != img_size]
     return ModelCard.from_template(
@@ -82,28 +87,34 @@ def make_card(
         img_size=img_size, stats=stats, sizes=sizes, other_size=min(others) if others else None,
         mode='RGB' if model.pretrained_cfg['input_size'][0] == 3 else 'L',
         description=description, table=cells, calibrated=bool(curve and curve.calibrated),
-        interval=bool(curve and curve.low != curve.high), split=split, dataset_name=dataset or 'the data',
-        images=curve.rows[0].get('images') if curve else None,
+        interval=bool(curve and curve.low != curve.high), split=split,
+        dataset_name=_code(dataset) if dataset else 'the data', images=curve.rows[0].get('images') if curve else None,
         measured=(results or {}).get('data', {}).get('weights', dtype), plot=PLOT_FILE,
         regime=regime, probs=[f'{share:.3g}' for share in regime['probs']] if regime else [],
         adapt=_ADAPT[regime['adapt']] if regime else '', average=average, base_model=base_model,
-        starts=run.get('starts', []), train_images=data_of_run.get('train_images'),
-        has_args=args is not None, epochs=epochs, limits=_limits(curve, results, sizes, stats, dtype, img_size))
+        starts=starts, fence=_fence([start['command'] for start in starts]),
+        train_images=data_of_run.get('train_images'), has_args=has_args, epochs=epochs,
+        limits=_limits(curve, results, sizes, stats, dtype, img_size))
 
 
-def eval_results(results: Optional[Dict[str, Any]], dataset: str, split: str, stats: str,
-                 img_size: int) -> List[EvalResult]:
-    """The results in the form of the hub: a model's metrics at each size, in per cent."""
+def eval_results(results: Optional[Dict[str, Any]], dataset: str, split: str, stats: str) -> List[EvalResult]:
+    """The results in the form of the hub: a model's metrics at each size, in per cent.
+
+    Args:
+        results: The model's entry of ``sizes.json``.
+        dataset: Identifier of the data set.
+        split: Its split.
+        stats: Which batch-norm statistics the metrics are with; of its own those of training, at every size.
+    """
     found = []
     for row in results['results'] if results else ():
-        own = stats == OWN and row['img_size'] == img_size  # what timm alone gives there
         for key in _measured(results):
             found.append(EvalResult(
                 task_type=TASK, task_name='Image Classification', dataset_type=dataset or 'unknown',
                 dataset_name=dataset or 'unknown', dataset_split=split or None, metric_type=_METRIC_TYPES[key],
                 metric_name=f'{METRIC_NAMES[key]} (%) at {row["img_size"]} px',
-                metric_value=row[f'{key}_uncalibrated' if own else key],
-                metric_args={'img_size': row['img_size']}))
+                metric_value=row[f'{key}_uncalibrated' if stats == OWN else key],
+                metric_args={'img_size': row['img_size'], 'statistics': stats}))
     return found
 
 
@@ -113,7 +124,8 @@ def dataset_id(args: Optional[argparse.Namespace], results: Optional[Dict[str, A
     kind, _, rest = named.partition('/')
     if kind in ('hfds', 'hfids', 'tfds', 'wds', 'torch'):
         return rest
-    return os.path.basename(os.path.normpath(named)) if named else ''
+    folder = os.path.basename(os.path.normpath(named)) if named else ''
+    return '' if folder in ('.', '..') else folder
 
 
 def _measured(results: Optional[Dict[str, Any]]) -> List[str]:
@@ -121,8 +133,18 @@ def _measured(results: Optional[Dict[str, Any]]) -> List[str]:
     return [key for key in METRIC_NAMES if rows and all(key in row for row in rows)]
 
 
-def _shown(names: Optional[Sequence[str]], most: int = 20) -> Optional[Sequence[str]]:
-    return names if names and len(names) <= most else None
+def _code(text: Any) -> str:
+    """A text as Markdown shows it to the letter."""
+    return f'`{" ".join(re.sub("`", " ", str(text)).split())}`'
+
+
+def _shown(names: Optional[Sequence[str]], most: int = 20) -> Optional[List[str]]:
+    return [_code(name) for name in names] if names and len(names) <= most else None
+
+
+def _fence(texts: Sequence[str]) -> str:
+    """Backticks that none of the texts can close."""
+    return '`' * max(3, 1 + max((len(part) for text in texts for part in re.findall('`+', text)), default=0))
 
 
 def _limits(curve: Any, results: Optional[Dict[str, Any]], sizes: Sequence[int], stats: str, dtype: str,
@@ -131,18 +153,20 @@ def _limits(curve: Any, results: Optional[Dict[str, Any]], sizes: Sequence[int],
     if curve is None:
         lines.append('Its accuracy was not measured.')
     else:
-        first, last = size_range(curve)
+        used = replace(curve, value=curve.own) if stats == OWN else curve
+        first, last = size_range(used)
         where = f'at {first} px only' if first == last else f'from {first} to {last} px'
-        lines.append('Measured on one split of one data set. There, its accuracy is within a point of its best '
-                     f'{where}; of sizes outside the table nothing is known.')
+        lines.append(f'Measured on one split of one data set. There, its accuracy{_WITH[stats]} is within a point of '
+                     f'its best {where}; of sizes outside the table nothing is known.')
     unmeasured = [str(size) for size in sizes if curve is None or size not in curve.sizes]
     if curve is not None and unmeasured:
         lines.append(f'Calibrated but not measured: {", ".join(unmeasured)} px.')
     if sizes:
         lines.append('At a size without statistics of its own `mixsize_timm` takes those of the nearest; '
                      '`mixsize calibrate` makes them for any size, from unlabelled images.')
-    if stats == CALIBRATED:
-        lines.append(f'With timm alone it has the statistics for {img_size} px at every size.')
+    if stats != NONE:
+        kind = f'for {img_size} px' if stats == CALIBRATED else 'of training'
+        lines.append(f'With timm alone it has the statistics {kind} at every size.')
     measured = (results or {}).get('data', {}).get('weights', dtype)
     if measured != dtype:
         lines.append(f'It was calibrated and measured with {measured} weights; here they are {dtype}.')

@@ -7,6 +7,7 @@ from typing import Callable, Iterator
 
 from safetensors import SafetensorError
 from timm.utils import setup_default_logging
+from yaml import YAMLError
 
 from .tokens import mask
 
@@ -22,8 +23,8 @@ def refusing(what: str = '') -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
-            SafetensorError) as error:
+    except (AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+            SafetensorError, YAMLError) as error:
         reason = ' '.join(str(error).split())[:500] or type(error).__name__
         raise UsageError(f'{what}: {reason}' if what else reason) from error
 

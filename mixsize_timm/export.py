@@ -4,24 +4,26 @@ import copy
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from dataclasses import dataclass
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
+from huggingface_hub import ModelCard
 from timm.layers import SplitBatchNorm2d
-from timm.models import save_for_hf
+from timm.models import load_state_dict, save_for_hf
 from torch import nn
 
 from ._version import __version__
 from .args import ARGS_FILE
 from .bn_stats import BN_STATS_FILE, BatchNormStats, digest, fingerprint, input_size, set_input_size
 from .calibration import calibrated_layers
-from .card import CALIBRATED, CARD_FILE, NONE, PLOT_FILE, REPO_PLACEHOLDER, make_card
+from .card import CALIBRATED, CARD_FILE, NONE, OWN, PLOT_FILE, REPO_PLACEHOLDER, make_card
 from .checkpoint import EMA_FILE, MODEL_FILE, STATE_JSON, read_state
 from .errors import UsageError, check_writable, refusing
-from .layout import CONFIG_FILE, KEY, sha256, staged
+from .layout import CONFIG_FILE, KEY, read_config, sha256, staged, write_config
 from .models import Checkpoint, find_checkpoint
 from .plots import save_against_size
 from .provenance import RUN_FILE, read_run
@@ -46,6 +48,7 @@ class Published:
         model: timm model on the CPU, with the batch-norm statistics for ``img_size`` px and that as its input size.
         img_size: Size in pixels that it is published for; of an oblong one the width.
         kind: Which statistics it has: ``calibrated``, ``own`` or, where it has no batch norm, ``none``.
+        average: Whether the weights are a moving average.
         stats: Those of all calibrated sizes, if there are any.
         weights: Fingerprint of the weights as they were saved.
         own: Digest of the statistics as they were saved.
@@ -55,15 +58,11 @@ class Published:
     model: Any
     img_size: int
     kind: str
+    average: bool
     stats: Optional[BatchNormStats]
     weights: str
     own: str
     digests: Dict[int, str]
-
-    @property
-    def average(self) -> bool:
-        """Whether the weights are a moving average."""
-        return os.path.basename(self.found.weights) == EMA_FILE
 
     @property
     def sizes(self) -> Tuple[int, ...]:
@@ -84,13 +83,16 @@ def prepare(args: argparse.Namespace) -> Published:
         UsageError: It cannot be had.
     """
     found = find_checkpoint(args.checkpoint, model=args.model, use_ema=args.use_ema is not False)
-    _check_average(found, args.use_ema)
+    with refusing(f'cannot load {found.name}'):
+        average = _check_average(found, args.use_ema)
+    if args.stats == OWN and found.published.get('statistics') == CALIBRATED:
+        raise UsageError(f'{found.name} was exported without the statistics of training: export the run for them')
     model: Any = found.create()
     stats = found.statistics() if calibrated_layers(model) else None
     if stats is not None and not stats.attach(model):
         stats = None  # of other weights, as it has warned
     digests = {size: stats.digest(size) for size in stats.sizes} if stats else {}
-    published = Published(found, model, args.img_size or input_size(model), NONE, stats, fingerprint(model),
+    published = Published(found, model, args.img_size or input_size(model), NONE, average, stats, fingerprint(model),
                           digest(model), digests)
     _make_native(model, stats)
     if args.img_size:
@@ -103,12 +105,28 @@ def prepare(args: argparse.Namespace) -> Published:
     return published
 
 
-def _check_average(found: Checkpoint, use_ema: Optional[bool]) -> None:
-    average = os.path.basename(found.weights) == EMA_FILE
-    if average and use_ema is None:
-        raise UsageError(f'{found.name} has a moving average of the weights too: say --use-ema or --no-use-ema')
-    if use_ema and found.args is not None and not average:
-        raise UsageError(f'{found.name} has no moving average that was validated: leave out --use-ema')
+def _check_average(found: Checkpoint, use_ema: Optional[bool]) -> bool:
+    """Whether the weights are a moving average, which has to be meant.
+
+    Raises:
+        UsageError: It is not said, or not as the checkpoint has it.
+    """
+    name = found.name
+    if found.hub:
+        if use_ema is not None:
+            raise UsageError(f'{name} holds one set of weights: leave out --use-ema and --no-use-ema')
+        return bool(found.published.get('moving_average'))
+    there = alone = os.path.basename(found.weights) == EMA_FILE
+    if found.weights and not found.weights.endswith('.safetensors'):
+        raw, average = (load_state_dict(found.weights, use_ema=which) for which in (False, True))
+        there = any(not torch.equal(tensor, average[key]) for key, tensor in raw.items())
+    if there and use_ema is None:
+        raise UsageError(f'{name} has a moving average of the weights: say --use-ema or --no-use-ema')
+    if alone and not use_ema and found.weights == name:
+        raise UsageError(f'{name} is a moving average: leave out --no-use-ema')
+    if use_ema and not there:
+        raise UsageError(f'{name} has no moving average that was validated: leave out --use-ema')
+    return there and bool(use_ema)
 
 
 def _make_native(model: nn.Module, stats: Optional[BatchNormStats]) -> None:
@@ -133,8 +151,10 @@ def _switch(published: Published) -> None:
     name, size, stats = published.found.name, published.img_size, published.stats
     if stats is None or size not in stats.by_size:
         there = f', only for {", ".join(map(str, stats.sizes))} px' if stats else ''
+        raw = published.found.run and not published.average and not published.found.use_ema
+        target = ' --no-use-ema --output DIR, and export DIR' if raw else ''
         raise UsageError(f'{name} has no statistics calibrated for {size} px{there}: make them with mixsize calibrate '
-                         f'{name} --sizes {size}, or take those of training with --stats own')
+                         f'{name} --sizes {size}{target}; or take those of training with --stats own')
     stats.apply(published.model, size)
 
 
@@ -147,20 +167,24 @@ class Export:
         self.published = prepare(args)
         self._check_folder()
         found = self.published.found
-        with refusing():
-            self.record = read_run(found.run) if found.run else {}
-        self.metric, self.results, self.without = self._find_results()
-        self.regime = self.record.get('regime') or (self.results or {}).get('regime')
+        self.records = found.run or found.folder  # a run's, or those that were published with it
+        with refusing(f'the records of {found.name} are not in order'):
+            self.record = read_run(self.records)
+            self.metric, self.results, self.without = self._find_results()
+            self.regime = self.record.get('regime') or (self.results or {}).get('regime')
+        self.before = found.published
         self.base_model = self._base_model()
         self.model = _cast(self.published.model, args.dtype)
-        if found.run:
+        if found.weights:
             for name in _OF_THE_SOURCE:
                 self.model.pretrained_cfg.pop(name, None)
 
     def _check_folder(self) -> None:
         folder, source = self.args.folder, self.published.found.folder
-        there = [name for name in HUB_FILES if os.path.exists(os.path.join(folder, name))]
-        if os.path.exists(os.path.join(folder, STATE_JSON)) or (there and CONFIG_FILE not in there):
+        if not folder:
+            raise UsageError('DIR is empty: name the folder to write')
+        there = present(folder)
+        if os.path.exists(os.path.join(folder, STATE_JSON)) or (ARGS_FILE in there and CONFIG_FILE not in there):
             raise UsageError(f'{folder} is a run, or a checkpoint of one: choose another folder')
         if source and os.path.realpath(source) == os.path.realpath(folder):
             raise UsageError(f'{folder} is what is exported: choose another folder')
@@ -176,36 +200,43 @@ class Export:
             not, why not.
         """
         found, published = self.published.found, self.published
-        path = self.args.results or os.path.join(found.run or found.folder, SIZES_FILE)
+        path = self.args.results or os.path.join(self.records, SIZES_FILE)
         if not os.path.exists(path):
             if self.args.results:
                 raise UsageError(f'no results at {path}: check --results')
             return 'top1', None, f'{found.name} has no {SIZES_FILE}'
         with refusing(f'{path} holds no results'), open(path, encoding='utf-8') as file:
             document = json.load(file)
-            entries = [entry for entry in document['checkpoints'] if entry.get('weights') == published.weights
-                       and entry.get('statistics') == published.own]
+            entries = [entry for entry in document['checkpoints'] if entry.get('weights') == published.weights]
             entry = entries[0] if entries else {'results': ()}
-            rows = [row for row in map(self._of_these, entry['results']) if row]
+            own_too = entry.get('statistics') == published.own
+            rows = [row for row in (self._of_these(row, own_too) for row in entry['results']) if row]
+            if published.kind == OWN and not own_too:
+                rows = []
             metric = document['metric'] if document['metric'] in METRIC_NAMES else 'top1'
         if rows:
             calibrated = entry['calibrated'] if any(row['statistics'] != published.own for row in rows) else 0
             return metric, {**entry, 'name': self.name, 'checkpoint': self.name, 'calibrated': calibrated,
                             'results': rows}, ''
         if self.args.results:
-            raise UsageError(f'{path} has no results of these weights with these statistics: measure them with mixsize '
-                             f'evaluate {found.name} --calibrate kept')
+            raise UsageError(f'{path} has no results of these weights with these statistics: mixsize evaluate with '
+                             '--calibrate kept makes them')
         return metric, None, f'{path} is of other weights or statistics'
 
-    def _of_these(self, row: Dict[str, Any]) -> Optional[Dict[str, Any]]:
-        """A row of results if it is of these statistics; what it says of the model's own where there are no others."""
+    def _of_these(self, row: Dict[str, Any], own_too: bool) -> Optional[Dict[str, Any]]:
+        """A row of results if it is of these statistics; what it says of the model's own where there are no others.
+
+        Args:
+            row: The row.
+            own_too: Whether what it says of the model's own statistics is of these.
+        """
         published = self.published
         if row.get('crop_pct') not in (None, published.model.pretrained_cfg['crop_pct']):
             return None
         statistics = published.digests.get(row['img_size'], published.own)
         if row.get('statistics') == statistics:
             return row
-        if statistics != published.own:
+        if statistics != published.own or not own_too:
             return None
         kept: Dict[str, Any] = {name: row[name] for name in ('img_size', 'images', 'gmacs', 'crop_pct') if name in row}
         own = {name: value for name, value in row.items() if name.endswith('_uncalibrated')}
@@ -213,26 +244,32 @@ class Export:
                 'statistics': statistics}
 
     def _base_model(self) -> Optional[str]:
-        """Name on the hub of the model whose weights training started from."""
-        args = self.published.found.args
-        return self.published.model.pretrained_cfg.get('hf_hub_id') if args is None or args.pretrained else None
+        """Name on the hub of the model whose weights training started from, or that these are."""
+        found, known = self.published.found, self.published.model.pretrained_cfg.get('hf_hub_id')
+        if found.args is not None:
+            return known if found.args.pretrained else None
+        if found.hub:
+            name = found.name.partition(':')[2] if found.name.startswith('hf') else None
+            return self.before.get('base_model') if self.before else name
+        return None if found.weights else known
 
-    def _epochs(self) -> Optional[int]:
-        """Epochs that the checkpoint was trained for, if it says so."""
-        return read_state(self.published.found.folder, 'epoch') if self.published.found.run else None
+    def _epochs(self) -> Dict[str, Any]:
+        """Epochs that the checkpoint was trained for, and that it was to be, as far as it says so."""
+        found = self.published.found
+        if found.args is None:
+            return {name: self.before.get(name) for name in ('epochs', 'planned_epochs')}
+        return {'epochs': read_state(found.folder, 'epoch'), 'planned_epochs': found.args.epochs}
 
     def run(self) -> None:
         """Write the folder; a file of it that stood there is replaced when all are whole."""
         folder = self.args.folder
-        with refusing(f'cannot write to {folder}'), staged(folder) as aside:
+        with refusing(f'the records of {self.published.found.name} are not in order'):
+            card = self._card()
+        with refusing(f'cannot write to {folder}'), staged(folder, HUB_FILES) as aside:
             self._save_model(aside)
             self._save_records(aside)
-            self._save_card(aside)
+            card.save(os.path.join(aside, CARD_FILE))
             check_tokens(aside)
-            written = set(os.listdir(aside))
-        for name in set(HUB_FILES) - written:  # of an export before
-            if os.path.exists(os.path.join(folder, name)):
-                os.remove(os.path.join(folder, name))
         self._say()
 
     def _save_model(self, folder: str) -> None:
@@ -242,40 +279,40 @@ class Export:
         labels = {'label_names': names} if names and len(names) == model.num_classes else {}
         save_for_hf(model, folder, model_config=labels, safe_serialization=True,
                     data_config=dict(input_size=size, test_input_size=size))
-        path = os.path.join(folder, CONFIG_FILE)
-        with open(path, encoding='utf-8') as file:
-            config = json.load(file)
+        config = read_config(folder)
         config.get('model_args', {}).pop('num_classes', None)  # it says so elsewhere, and transformers gives it too
         config[KEY] = {
             'version': __version__, 'img_size': published.img_size, 'statistics': published.kind,
             'calibrated_sizes': list(published.sizes), 'moving_average': published.average, 'dtype': self.args.dtype,
-            'regime': self.regime, 'sha256': sha256(os.path.join(folder, MODEL_FILE))}
-        with open(path, 'w', encoding='utf-8') as file:
-            file.write(json.dumps(config, indent=2) + '\n')
+            'base_model': self.base_model, **self._epochs(), 'regime': self.regime,
+            'repo_id': self.args.repo_id or REPO_PLACEHOLDER, 'sha256': sha256(os.path.join(folder, MODEL_FILE))}
+        write_config(folder, config)
         if published.stats:
             stats = BatchNormStats(fingerprint(model))
             stats.by_size = published.stats.by_size
             stats.save(os.path.join(folder, BN_STATS_FILE))
 
     def _save_records(self, folder: str) -> None:
-        run = self.published.found.run
         for name in (ARGS_FILE, RUN_FILE):
-            if run and os.path.exists(os.path.join(run, name)):
-                shutil.copyfile(os.path.join(run, name), os.path.join(folder, name))
+            if self.records and os.path.exists(os.path.join(self.records, name)):
+                shutil.copyfile(os.path.join(self.records, name), os.path.join(folder, name))
         if self.results:
             write_sizes(os.path.join(folder, SIZES_FILE), {'metric': self.metric, 'checkpoints': [self.results]})
             save_against_size(os.path.join(folder, PLOT_FILE), make_curves([self.results], self.metric),
                               METRIC_NAMES[self.metric])
 
-    def _save_card(self, folder: str) -> None:
-        args, published = self.args, self.published
-        make_card(
+    def _card(self) -> ModelCard:
+        args, published, epochs = self.args, self.published, self._epochs()
+        done, planned = epochs['epochs'], epochs['planned_epochs']
+        text = f'{done} {"of the " if planned and done < planned else ""}' if done else ''
+        if text:
+            text += f'{planned} planned epochs' if planned and done < planned else f'epoch{"s" if done > 1 else ""}'
+        return make_card(
             name=self.name, repo_id=args.repo_id or REPO_PLACEHOLDER, model=self.model, stats=published.kind,
             sizes=published.sizes, dtype=args.dtype, metric=self.metric, results=self.results, run=self.record,
-            regime=self.regime,
-            args=published.found.args, epochs=self._epochs(), average=published.average, base_model=self.base_model,
-            license=args.license, dataset=args.dataset, description=args.description,
-        ).save(os.path.join(folder, CARD_FILE))
+            regime=self.regime, args=published.found.args, epochs=text, average=published.average,
+            has_args=os.path.exists(os.path.join(self.records, ARGS_FILE)), base_model=self.base_model,
+            license=args.license, dataset=args.dataset, description=args.description)
 
     def _say(self) -> None:
         folder, published = self.args.folder, self.published
@@ -284,12 +321,17 @@ class Export:
         print(f'{folder} holds {self.model.pretrained_cfg["architecture"]} for {published.img_size} px with {kind}, '
               f'{"moving average, " if published.average else ""}{self.args.dtype}, {megabytes:.2f} MB')
         if self.without:
-            print(f'Its card shows no accuracy: {self.without}; measure it with mixsize evaluate '
-                  f'{published.found.name} --calibrate kept, and give its {SIZES_FILE} as --results')
+            print(f'Its card shows no accuracy: {self.without}; mixsize evaluate with --calibrate kept makes a '
+                  f'{SIZES_FILE} for --results')
         if self.args.license == 'unknown':
             print('Its card says that the license is unknown: --license apache-2.0, for one, would state it')
-        print(f'timm.create_model({f"local-dir:{folder}"!r}, pretrained=True) loads it; mixsize hub push {folder} '
-              f'{self.args.repo_id or REPO_PLACEHOLDER} publishes it')
+        push = shlex.join(['mixsize', 'hub', 'push', folder, self.args.repo_id or REPO_PLACEHOLDER])
+        print(f'timm.create_model({f"local-dir:{folder}"!r}, pretrained=True) loads it; {push} publishes it')
+
+
+def present(folder: str) -> List[str]:
+    """The files of the layout that are in a folder."""
+    return [name for name in HUB_FILES if os.path.lexists(os.path.join(folder, name))]
 
 
 def check_tokens(folder: str) -> None:
@@ -328,6 +370,8 @@ class OnnxExport:
         missing = [name for name in ('onnx', 'onnxruntime', 'onnxscript') if importlib.util.find_spec(name) is None]
         if missing:
             raise UsageError(f'{missing[0]} is not installed: pip install "mixsize-timm[onnx]"')
+        if not args.file or os.path.isdir(args.file):
+            raise UsageError(f'{args.file or "FILE"} is no file: name the one to write')
         if os.path.exists(args.file) and not args.overwrite:
             raise UsageError(f'{args.file} is there already: choose another, or --overwrite')
         check_writable(os.path.dirname(os.path.abspath(args.file)))
@@ -357,9 +401,8 @@ class OnnxExport:
     def _facts(self) -> Dict[str, str]:
         """What the file says about itself: how images are prepared, and the classes."""
         config = self.published.model.pretrained_cfg
-        with refusing():
-            run = read_run(self.published.found.run) if self.published.found.run else {}
-        names = run.get('data', {}).get('class_names') or config.get('label_names')
+        found = self.published.found
+        names = read_run(found.run or found.folder).get('data', {}).get('class_names') or config.get('label_names')
         facts = {name: config[name] for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')}
         facts.update(statistics=self.published.kind, **({'label_names': names} if names else {}))
         return {name: json.dumps(value) for name, value in facts.items()}

@@ -2,7 +2,9 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
+from collections import defaultdict
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Sequence, Tuple
 
@@ -14,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ._version import __version__
-from .bn_stats import BN_STATS_FILE
+from .bn_stats import BN_STATS_FILE, STATISTICS
 from .checkpoint import MODEL_FILE
 from .errors import UsageError, refusing
 
@@ -29,6 +31,7 @@ _FLOATS = ('BF16', 'F16', 'F32', 'F64')
 _DTYPES = (*_FLOATS, 'BOOL', 'I16', 'I32', 'I64', 'I8', 'U8')
 _MAX_CONFIG = 32 * 2**20  # bytes
 _MAX_NUMBER = 1_000_000  # of an argument of a model
+_MAX_SIDE = 4096  # of an image, in pixels
 
 
 @contextmanager
@@ -107,7 +110,7 @@ def check_folder(folder: str, *, unsafe_pickle: bool = False) -> None:
             _refuse_pickles(folder, os.listdir(folder))
         return
     tensors = read_header(path)
-    ours = config.get(KEY)
+    ours = config.get(KEY) or {}
     with refusing(f'{folder}/{CONFIG_FILE} makes no model'), torch.device('meta'):
         model: Any = timm.create_model(f'local-dir:{folder}')
     _check_tensors(path, tensors, model, exactly=bool(ours))
@@ -143,8 +146,19 @@ def read_config(folder: str) -> Dict[str, Any]:
     for name in _ELSEWHERE:
         if pretrained_cfg.get(name):
             raise UsageError(f'{path} names weights elsewhere ({name}): only those beside it are read')
+    for name in ('input_size', 'test_input_size', 'min_input_size'):
+        size = pretrained_cfg.get(name)
+        if size is not None and not (isinstance(size, list) and len(size) == 3 and all(
+                type(side) is int and 0 < side <= _MAX_SIDE for side in size)):
+            raise UsageError(f'{path} has no image size in {name}: three whole numbers up to {_MAX_SIDE}')
     _check_numbers(path, args)
     return config
+
+
+def write_config(folder: str, config: Dict[str, Any]) -> None:
+    """Write a configuration into a folder."""
+    with open(os.path.join(folder, CONFIG_FILE), 'w', encoding='utf-8') as file:
+        file.write(json.dumps(config, indent=2) + '\n')
 
 
 def _check_numbers(path: str, value: Any) -> None:
@@ -191,11 +205,15 @@ def _check_tensors(path: str, tensors: Dict[str, Tuple[Tuple[int, ...], str]], m
 
 
 def _check_statistics(path: str, model: nn.Module) -> None:
-    expected = model.state_dict()
+    expected, by_size = model.state_dict(), defaultdict(set)
     for key, (shape, dtype) in read_header(path).items():
-        name = key.partition('/')[2]
-        if name not in expected or tuple(expected[name].shape) != shape or dtype not in _FLOATS:
-            raise UsageError(f'{path} is of another model: {key} {list(shape)} {dtype}')
+        size, _, name = key.partition('/')
+        by_size[size].add(name)
+        is_statistic = name.rpartition('.')[2] in STATISTICS and re.fullmatch(r'[1-9]\d{0,3}', size)
+        if not is_statistic or name not in expected or expected[name].shape != shape or dtype not in _FLOATS:
+            raise UsageError(f'{path} is of another model: {key[:100]} {list(shape)} {dtype}')
+    if len(set(map(frozenset, by_size.values()))) > 1:
+        raise UsageError(f'{path} has not all statistics of each size')
 
 
 def sha256(path: str) -> str:
@@ -208,10 +226,25 @@ def sha256(path: str) -> str:
 
 
 @contextmanager
-def staged(folder: str) -> Iterator[str]:
-    """A folder beside, whose files take their places in ``folder`` when all of them are whole."""
+def staged(folder: str, instead_of: Sequence[str] = ()) -> Iterator[str]:
+    """A folder beside, whose files take their places in ``folder`` when all of them are whole.
+
+    Args:
+        folder: The folder; made where it is missing.
+        instead_of: Files that they replace together: one of these that is not among them is removed.
+    """
+    new = not os.path.isdir(folder)
     os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
-        yield aside
-        for name in os.listdir(aside):
-            os.replace(os.path.join(aside, name), os.path.join(folder, name))
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            yield aside
+            names = os.listdir(aside)
+            for name in names:
+                os.replace(os.path.join(aside, name), os.path.join(folder, name))
+            for name in set(instead_of) - set(names):
+                if os.path.lexists(os.path.join(folder, name)):
+                    os.remove(os.path.join(folder, name))
+    except BaseException:
+        if new and not os.listdir(folder):
+            os.rmdir(folder)
+        raise

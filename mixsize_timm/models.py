@@ -17,7 +17,7 @@ from .bn_stats import BN_STATS_FILE, BatchNormStats, input_size, model_at, set_i
 from .calibration import calibrated_layers
 from .checkpoint import EMA_FILE, MODEL_FILE, newest_checkpoint
 from .errors import UsageError, refusing
-from .layout import CONFIG_FILE, check_folder, fetch
+from .layout import CONFIG_FILE, KEY, check_folder, fetch, read_config
 
 _HUB = ('hf-hub:', 'hf_hub:')
 
@@ -105,6 +105,16 @@ class Checkpoint:
     args: Optional[argparse.Namespace] = None
     model_args: Optional[Dict[str, Any]] = None
     use_ema: bool = True
+
+    @property
+    def hub(self) -> bool:
+        """Whether it is a folder in the layout of the hub."""
+        return bool(self.folder) and not self.weights
+
+    @property
+    def published(self) -> Dict[str, Any]:
+        """What ``mixsize hub export`` says of it; empty where that did not write it."""
+        return read_config(self.folder).get(KEY) or {} if self.hub else {}
 
     def create(self) -> nn.Module:
         """The model with its weights and its own statistics, in evaluation mode on the CPU."""
@@ -241,8 +251,8 @@ def load(
         return loaded
     stats, base_size = found.statistics(), input_size(loaded)
     if stats is not None and stats.attach(loaded):
-        if img_size is None and found.args is None and base_size not in stats.sizes:
-            return loaded  # not trained at mixed sizes: at its own size its own statistics are right
+        if img_size is None and (found.published or (found.args is None and base_size not in stats.sizes)):
+            return loaded  # as it was exported; or not trained at mixed sizes, where at its own size its own are right
         return model_at(loaded, img_size or base_size)
     if img_size not in (None, base_size):
         raise ValueError(f'{checkpoint} has no statistics for other sizes than its own {base_size} px: make them with '

@@ -71,10 +71,13 @@ def read_run(folder: str) -> Dict[str, Any]:
         ValueError: The file is not readable.
     """
     path = os.path.join(folder, RUN_FILE)
-    if not os.path.isfile(path):
+    if not folder or not os.path.isfile(path):
         return {}
-    with open(path, encoding='utf-8') as file:
-        try:
-            return json.load(file)
-        except ValueError as error:
-            raise ValueError(f'{path} is not readable: {error}') from error
+    try:
+        with open(path, encoding='utf-8') as file:
+            record = json.load(file)
+        if not isinstance(record, dict) or not isinstance(record.get('data', {}), dict):
+            raise ValueError('it holds no records of a run')
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{path} is not readable: {error}') from error
+    return record

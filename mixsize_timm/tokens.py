@@ -3,7 +3,7 @@ import os
 import re
 
 # The Hugging Face hub's; of others the values that the environment holds
-_PATTERN = re.compile(r'\bhf_(?:[a-z]+_)?[A-Za-z0-9]{20,}')
+_PATTERN = re.compile(r'hf_(?:[a-z]+_)?[A-Za-z0-9]{20,}')
 _VARIABLES = ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'WANDB_API_KEY')
 
 

@@ -142,8 +142,8 @@ def test_the_card_says_what_the_run_did(run, tmp_path):
         for row in rows for key, name in (('top1', 'top-1'), ('top5', 'top-5'))}
     start = json.loads((run / 'run.json').read_text())['starts'][0]
     for text in (start['command'], start['date'], start['versions'], start['machine'], 'Two kinds of noise.',
-                 "timm.create_model('hf-hub:me/clothes', pretrained=True)", 'img_size=16', 'cat, dog', '## Limits',
-                 '(accuracy-against-size.png)', '@article{hoffer2019mix', 'Trained on 24 images for 1 epochs'):
+                 "timm.create_model('hf-hub:me/clothes', pretrained=True)", 'img_size=16', '`cat`, `dog`', '## Limits',
+                 '(accuracy-against-size.png)', '@article{hoffer2019mix', 'Trained on 24 images for 1 epoch.'):
         assert text in card.text, text
 
 
@@ -182,10 +182,14 @@ def test_its_own_statistics_only_by_name(run, tmp_path):
     assert torch.equal(logits(timms(folder)), logits(load(str(run), own_stats=True)))
     assert not torch.equal(logits(timms(folder)), logits(load(str(run))))
     assert hub.main(['verify', str(folder)]) == 0
-    row = next(row for row in json.loads((run / SIZES_FILE).read_text())['checkpoints'][0]['results']
-               if row['img_size'] == 32)
-    shown = {r.metric_name: r.metric_value for r in ModelCard.load(folder / 'README.md').data.eval_results}
-    assert shown['top-1 (%) at 32 px'] == row['top1_uncalibrated']
+    assert torch.equal(logits(load(str(folder))), logits(timms(folder)))  # as it was published, not switched
+    assert torch.equal(logits(load(str(folder), img_size=32)), logits(load(str(run))))
+    rows = json.loads((run / SIZES_FILE).read_text())['checkpoints'][0]['results']
+    card = ModelCard.load(folder / 'README.md')
+    assert {(r.metric_value, r.metric_args['img_size'], r.metric_args['statistics'])
+            for r in card.data.eval_results if r.metric_name.startswith('top-1')} == {
+        (row['top1_uncalibrated'], row['img_size'], 'own') for row in rows}
+    assert 'With timm alone it has the statistics of training at every size' in card.text
 
 
 def test_a_size_without_statistics_is_refused_until_they_are_made(train_run, tmp_path, capsys, images):
@@ -282,6 +286,11 @@ def test_an_exported_folder_can_be_exported_for_another_size(run, tmp_path, caps
     second = export(first, tmp_path / 'second', '--img-size', '16')
     assert torch.equal(logits(timms(second), 16), logits(load(str(run), img_size=16), 16))
     assert hub.main(['verify', str(second)]) == 0
+    assert {path.name for path in second.iterdir()} == set(HUB_FILES)
+    cards = [ModelCard.load(folder / 'README.md').text.split('## Training')[1].split('## Limits')[0]
+             for folder in (first, second)]
+    assert cards[0] == cards[1] and 'for 1 epoch.' in cards[0]
+    assert 'without the statistics of training' in refusal(capsys, 'export', first, tmp_path / 'own', '--stats', 'own')
 
 
 def test_what_a_token_would_be_published_with_is_refused(run, tmp_path, capsys):
@@ -290,7 +299,7 @@ def test_what_a_token_would_be_published_with_is_refused(run, tmp_path, capsys):
     record['starts'][0]['command'] += ' hf_' + 'x1' * 17
     (told / 'run.json').write_text(json.dumps(record))
     assert 'holds an access token' in (error := refusal(capsys, 'export', told, tmp_path / 'hub'))
-    assert 'hf_x1' not in error and not list((tmp_path / 'hub').iterdir())
+    assert 'hf_x1' not in error and not (tmp_path / 'hub').exists()
 
 
 def test_split_batch_norm_leaves_as_timm_alone_makes_it(train_run, tmp_path):
@@ -336,7 +345,13 @@ def test_timms_calibrated_weights_are_exported_without_the_records_of_a_run(tmp_
     (['export', '{run}', '{tmp}/hub', '--results', '{run}/args.yaml'], 'holds no results'),
     (['export', '{run}', '{run}/args.yaml/hub'], 'cannot write to'),
     (['export', '{run}', '{tmp}/hub', '--repo-id', 'a/b/c'], 'Repo id'),
-    (['export', '{run}', '{tmp}/hub', '--repo-id', 'a'], 'is ORG/NAME, not a'),
+    (['export', '{run}', '{tmp}/hub', '--repo-id', 'a'], "is ORG/NAME, not 'a'"),
+    (['export', '{run}', '{tmp}/hub', '--repo-id', 'a/b@c'], 'Repo id'), (['export', '{run}', ''], 'DIR is empty'),
+    (['export', '{run}', '{tmp}/hub', '--license', ''], '--license takes an identifier'),
+    (['export', '{run}', '{tmp}/hub', '--license', 'Apache 2: foo'], '--license takes an identifier'),
+    (['onnx', '{run}', ''], 'is no file'), (['onnx', '{run}', '{run}', '--overwrite'], 'is no file'),
+    (['push', '{run}', 'a/b', '--pull-request', '--revision', 'x'], 'leave out --revision'),
+    (['push', '{run}', 'b'], "is ORG/NAME, not 'b'"), (['pull', 'b'], "is ORG/NAME, not 'b'"),
     (['export', '{run}'], 'DIR'), (['ship'], 'ship'), ([], 'COMMAND'),
     (['verify', '{tmp}/nowhere'], 'no folder at'), (['verify', '{run}'], 'has no config.json'),
 ])
@@ -345,15 +360,126 @@ def test_what_cannot_work_is_one_line(run, tmp_path, capsys, argv, message):
     assert not (tmp_path / 'hub').exists()
 
 
-def test_a_folder_that_is_not_whole_is_not_verified(run, tmp_path, capsys):
+def test_a_folder_that_is_not_whole_is_not_verified(run, tmp_path, capsys, images):
     folder = export(run, tmp_path / 'hub')
     for name, message in (('README.md', 'has no README.md'), ('accuracy-against-size.png', 'which is not there'),
-                          (SIZES_FILE, 'other results'), ('bn_stats.safetensors', 'do not have the statistics')):
+                          (SIZES_FILE, 'other results'), ('bn_stats.safetensors', 'not the statistics of all sizes')):
         broken = shutil.copytree(folder, tmp_path / name)
         (broken / name).unlink()
         assert message in refusal(capsys, 'verify', broken)
+    (broken / 'bn_stats.safetensors').write_bytes((folder / 'bn_stats.safetensors').read_bytes())
+    assert calibrate_model.main([str(broken), '--data-dir', str(images), '--sizes', '40', '-j', '0', '-b', '12']) == 0
+    assert hub.main(['verify', str(broken)]) == 0  # more sizes do no harm
+    stats = BatchNormStats.load(str(folder / 'bn_stats.safetensors'))
+    stats.by_size[32] = {name: tensor.clone() for name, tensor in stats.by_size[16].items()}
+    stats.save(str(broken / 'bn_stats.safetensors'))
+    assert 'do not have the statistics calibrated for 32 px' in refusal(capsys, 'verify', broken)
     (folder / 'extra.pth').write_bytes(b'')
     assert 'holds extra.pth, which can run code' in refusal(capsys, 'verify', folder)
+
+
+HEADER = 'license: unknown'
+
+
+@pytest.mark.parametrize('name, old, new', [
+    ('config.json', '"mixsize": {', '"mixsize": null, "was": {'),
+    ('config.json', '"img_size": 32', '"img_size": [1]'),
+    ('config.json', '"statistics": "calibrated",', ''),
+    ('config.json', '"calibrated_sizes": [', '"calibrated_sizes": ["x",'),
+    ('config.json', '"interpolation": ', '"interpolation": 5, "was": '),
+    ('config.json', '"crop_pct": ', '"crop_pct": "x", "was": '),
+    ('config.json', '"mean": [', '"mean": ["x",'),
+    ('README.md', HEADER, 'license: [mit'),
+    ('README.md', HEADER, 'license: \tmit'),
+    ('README.md', HEADER, 'license: !!python/object/apply:os.getcwd []'),
+    ('README.md', HEADER, 'licence: mit'),
+    ('README.md', 'value: ', 'value: [1] # '),
+    ('README.md', 'img_size: 16', 'img_size: 17'),
+    (SIZES_FILE, '"results": [', '"results": [1,'),
+    (SIZES_FILE, '"results": [', '"results": [{"top1": 1},'),
+    (SIZES_FILE, '"checkpoints": [', '"checkpoints": ["x",'),
+    (SIZES_FILE, '"top1": ', '"top1": [1], "was": '),
+    ('run.json', '{', '[{'),
+    ('args.yaml', 'model: ', 'model: ['),
+])
+def test_what_is_out_of_order_is_one_line(run, tmp_path, capsys, name, old, new):
+    folder = export(run, tmp_path / 'hub')
+    text = (folder / name).read_text()
+    assert old in text
+    (folder / name).write_text(text.replace(old, new, 1))
+    if name == 'config.json' and 'null' in new:  # then it is anyone's, and timm's part of it is in order
+        assert hub.main(['verify', str(folder)]) == 0
+    else:
+        refusal(capsys, 'verify', folder)
+
+
+@pytest.mark.parametrize('document', [
+    '{', '[]', '{"metric": "top1"}', '{"metric": "top1", "checkpoints": ["x"]}', '{"metric": [], "checkpoints": []}',
+    '{"metric": "top1", "checkpoints": [{"weights": "{weights}", "results": [1]}]}',
+    '{"metric": "top1", "checkpoints": [{"weights": "{weights}", "results": [{"img_size": 32}]}]}',
+    '{"metric": "top1", "checkpoints": [{"weights": "{weights}", "data": "x", "calibrated": 1, "results": '
+    '[{"img_size": 32, "statistics": "{statistics}"}]}]}',
+])
+def test_results_that_are_out_of_order_are_one_line(run, tmp_path, capsys, document):
+    entry = json.loads((run / SIZES_FILE).read_text())['checkpoints'][0]
+    (tmp_path / 'results.json').write_text(document.replace('{weights}', entry['weights']).replace(
+        '{statistics}', next(row['statistics'] for row in entry['results'] if row['img_size'] == 32)))
+    error = refusal(capsys, 'export', run, tmp_path / 'hub', '--results', tmp_path / 'results.json')
+    assert 'cannot write' not in error and not (tmp_path / 'hub').exists()
+
+
+def test_another_export_in_its_place_leaves_nothing_of_the_first(train_run, run, tmp_path):
+    folder = export(run, tmp_path / 'hub')
+    fixed = train_run('--model', 'test_resnet', '--mixsize', 'off', '--val-split', '')
+    export(fixed, folder, '--overwrite', '--stats', 'own')
+    assert {path.name for path in folder.iterdir()} == set(HUB_FILES) - {
+        'bn_stats.safetensors', SIZES_FILE, 'accuracy-against-size.png'}
+    assert hub.main(['verify', str(folder)]) == 0
+
+
+def test_a_file_of_weights_does_not_claim_timms(run, tmp_path, capsys):
+    options = ['--model', 'test_resnet', '--stats', 'own', '--img-size', '32']
+    folder = export(run / 'last' / 'model.safetensors', tmp_path / 'hub', *options)
+    card = ModelCard.load(folder / 'README.md')
+    assert card.data.get('base_model') is None and 'timm/test_resnet' not in card.text
+    config = json.loads((folder / 'config.json').read_text())
+    assert not {'tag', 'license', 'origin_url'} & config['pretrained_cfg'].keys()
+    state = load_file(run / 'last' / 'model.safetensors')
+    torch.save({'state_dict': state, 'state_dict_ema': {**state, 'fc.bias': state['fc.bias'] + 1}}, tmp_path / 'x.pth')
+    torch.save({'state_dict': state}, tmp_path / 'y.pth')
+    assert 'say --use-ema or --no-use-ema' in refusal(capsys, 'export', tmp_path / 'x.pth', tmp_path / 'x', *options)
+    both = [export(tmp_path / 'x.pth', tmp_path / f'x{choice}', *options, choice) for choice in (
+        '--use-ema', '--no-use-ema')]
+    assert ['moving average' in (folder / 'README.md').read_text() for folder in both] == [True, False]
+    assert not torch.equal(logits(timms(both[0])), logits(timms(both[1])))
+    export(tmp_path / 'y.pth', tmp_path / 'y', *options)
+
+
+def test_a_file_that_is_the_moving_average_is_not_called_the_weights(train_run, tmp_path, capsys):
+    run = train_run('--model', 'test_resnet', '--model-ema', '--model-ema-decay', '0.5')
+    average = run / 'last' / 'model_ema.safetensors'
+    assert 'is a moving average: leave out --no-use-ema' in refusal(
+        capsys, 'export', average, tmp_path / 'hub', '--no-use-ema')
+    folder = export(run, tmp_path / 'hub', '--use-ema')
+    assert 'leave out --use-ema' in refusal(capsys, 'export', folder, tmp_path / 'again', '--no-use-ema')
+    assert 'moving average' in (export(folder, tmp_path / 'again') / 'README.md').read_text()
+
+
+def test_a_run_that_stopped_early_says_so(train_run, tmp_path):
+    run = train_run('--model', 'test_resnet', '--epochs', '3', '--stop-epoch', '1')
+    folder = export(run, tmp_path / 'hub')
+    assert 'for 1 of the 3 planned epochs.' in (folder / 'README.md').read_text()
+
+
+def test_names_cannot_write_into_the_card(run, tmp_path):
+    odd = shutil.copytree(run, tmp_path / 'run')
+    record = json.loads((odd / 'run.json').read_text())
+    record['data']['class_names'] = ['x`\n\n## Limits\n\n* none', '<script>']
+    record['starts'][0]['command'] += " '```\n# Heading'"
+    (odd / 'run.json').write_text(json.dumps(record))
+    text = ModelCard.load(export(odd, tmp_path / 'hub') / 'README.md').text
+    assert text.count('\n## Limits') == 1 and '`x ## Limits * none`, `<script>`' in text
+    assert '````sh\n' in text and text.count('````') == 2
 
 
 @pytest.mark.parametrize('name', ['test_resnet', 'mobilenetv3_small_050'])

@@ -76,6 +76,9 @@ def test_what_timm_and_this_package_write_is_in_order(folder):
     (dict(pretrained_cfg__custom_load='hf'), 'names weights elsewhere (custom_load)'),
     (dict(model_args__num_classes=10**12), 'model argument of 1e+12'),
     (dict(model_args__layers=[1, 10**9]), 'model argument of 1e+09'),
+    (dict(pretrained_cfg__input_size=[3, 40000, 40000]), 'no image size in input_size'),
+    (dict(pretrained_cfg__input_size='abc'), 'no image size in input_size'),
+    (dict(pretrained_cfg__test_input_size=[3, 32.5, 32.5]), 'no image size in test_input_size'),
     (dict(model_args__checkpoint_path='/etc/passwd'), 'makes no model'),
     (dict(model_args__no_such_argument=1), 'makes no model'),
 ])
@@ -150,6 +153,28 @@ def test_statistics_of_another_model_are_refused(folder):
     assert 'is of another model: 32/bn1.running_mean' in refusal(folder)
 
 
+@pytest.mark.parametrize('change, message', [
+    (lambda by_size: by_size.update({0: by_size[32]}), 'is of another model: 0/'),
+    (lambda by_size: by_size.update({-16: by_size[32]}), 'is of another model: -16/'),
+    (lambda by_size: by_size.update({10**30: by_size[32]}), 'is of another model: 1000'),
+    (lambda by_size: by_size.update({16: {'bn1.running_mean': by_size[32]['bn1.running_mean']}}), 'not all statistics'),
+    (lambda by_size: by_size[32].update({'fc.bias': torch.zeros(3)}), 'is of another model: 32/fc.bias'),
+    (lambda by_size: by_size[32]['bn1.running_mean'].fill_(float('nan')), 'values that no statistics have'),
+    (lambda by_size: by_size[32]['bn1.running_var'].fill_(-1), 'values that no statistics have'),
+])
+def test_statistics_that_none_can_be_are_refused(folder, change, message):
+    model = load(str(folder))
+    stats = BatchNormStats(fingerprint(model))
+    stats.add(32, model)
+    change(stats.by_size)
+    stats.by_size = {size: {name: tensor.clone() for name, tensor in part.items()}
+                     for size, part in stats.by_size.items()}
+    stats.save(str(folder / 'bn_stats.safetensors'))
+    with pytest.raises(UsageError) as caught:
+        load(str(folder))
+    assert message in str(caught.value) and len(str(caught.value)) < 400
+
+
 def test_statistics_that_were_altered_are_refused(folder):
     model = load(str(folder))
     stats = BatchNormStats(fingerprint(model))
@@ -214,6 +239,12 @@ def test_nothing_takes_its_place_until_all_is_whole(tmp_path):
             file.write('new')
         raise RuntimeError
     assert os.listdir(tmp_path) == ['a'] and (tmp_path / 'a').read_text() == 'old'
+    with pytest.raises(RuntimeError), staged(str(tmp_path / 'none')):
+        raise RuntimeError
+    assert not (tmp_path / 'none').exists()
     with staged(str(tmp_path / 'new')) as aside, open(os.path.join(aside, 'a'), 'w') as file:
         file.write('new')
     assert os.listdir(tmp_path / 'new') == ['a']
+    with staged(str(tmp_path / 'new'), ('a', 'b')) as aside, open(os.path.join(aside, 'b'), 'w') as file:
+        file.write('newer')
+    assert os.listdir(tmp_path / 'new') == ['b']
