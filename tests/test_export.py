@@ -1,4 +1,5 @@
 """What is exported is the run's model, and its card says what the run's files say."""
+import importlib.util
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from conftest import write_images
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from mixsize_timm import calibrate_model, evaluate, hub, load, train
+from mixsize_timm import calibrate_model, cli, evaluate, hub, load, train
 from mixsize_timm.bn_stats import BatchNormStats
 from mixsize_timm.export import HUB_FILES
 from mixsize_timm.report import SIZES_FILE
@@ -502,16 +503,15 @@ def test_onnx_gives_the_calibrated_logits_for_any_batch(name, train_run, tmp_pat
     assert file.read_bytes() == content and [path.name for path in tmp_path.iterdir()] == ['model.onnx']
 
 
-def test_onnx_without_its_libraries_says_how_to_get_them(run, tmp_path):
-    code = ('import importlib.util, sys; find = importlib.util.find_spec; '
-            'importlib.util.find_spec = lambda name, *a: None if name == "onnxruntime" else find(name, *a); '
-            f'from mixsize_timm import hub; sys.exit(hub.main(["onnx", {str(run)!r}, {str(tmp_path / "m.onnx")!r}]))')
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr == ('mixsize hub: error: onnxruntime is not installed: pip install "mixsize-timm[onnx]"\n')
+def test_onnx_without_its_libraries_says_how_to_get_them(run, tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *rest: None if name == 'onnxruntime' else find(name))
+    assert refusal(capsys, 'onnx', run, tmp_path / 'm.onnx') == (
+        'mixsize hub: error: onnxruntime is not installed: pip install "mixsize-timm[onnx]"\n')
 
 
-def test_the_command_is_there_in_both_spellings():
-    for command in (['-m', 'mixsize_timm.hub'], ['-m', 'mixsize_timm.cli', 'hub']):
-        out = subprocess.run([sys.executable, *command, '--help'], capture_output=True, text=True).stdout
-        assert all(word in out for word in ('export', 'verify', 'push', 'pull', 'onnx'))
+def test_the_command_is_there_in_both_spellings(capsys):
+    assert cli.main(['hub', 'verify', 'nowhere']) == 2
+    assert capsys.readouterr().err == 'mixsize hub: error: no folder at nowhere\n'
+    out = subprocess.run([sys.executable, '-m', 'mixsize_timm.hub', '--help'], capture_output=True, text=True).stdout
+    assert all(word in out for word in ('export', 'verify', 'push', 'pull', 'onnx'))

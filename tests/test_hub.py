@@ -19,15 +19,18 @@ from mixsize_timm.export import HUB_FILES
 
 TOKEN = 'hf_' + 'aB3' * 11
 REPO = 'tester/digits'
-# timm in a process that cannot import this package
-PLAIN_TIMM = """
+# timm, and transformers, in a process that cannot import this package
+READ = """
 import sys
 sys.modules['mixsize_timm'] = None
 import timm, torch
 from safetensors.torch import load_file, save_file
-model = timm.create_model(sys.argv[1], pretrained=True).eval()
+from transformers import AutoModelForImageClassification
+model = timm.create_model('hf-hub:' + sys.argv[1], pretrained=True).eval()
+wrapped = AutoModelForImageClassification.from_pretrained(sys.argv[1]).eval()
 with torch.inference_mode():
-    save_file({'logits': model(load_file(sys.argv[2])['images'])}, sys.argv[3])
+    images = load_file(sys.argv[2])['images']
+    save_file({'timm': model(images), 'transformers': wrapped(images).logits}, sys.argv[3])
 print(timm.data.resolve_model_data_config(model)['input_size'])
 """
 SHORT = ['--model', 'test_resnet', '-b', '256', '--epochs', '1', '--calibrate', '2', '-j', '0']
@@ -93,13 +96,13 @@ def logits(model, size=32):
     return model.eval()(images(size))
 
 
-def in_another_process(server, tmp_path, name, size):
+def in_another_process(server, tmp_path, size):
     save_file({'images': images(size)}, tmp_path / 'images')
     result = subprocess.run(
-        [sys.executable, '-c', PLAIN_TIMM, name, tmp_path / 'images', tmp_path / 'logits'], capture_output=True,
+        [sys.executable, '-c', READ, REPO, tmp_path / 'images', tmp_path / 'logits'], capture_output=True,
         text=True, env=server.environment(tmp_path / 'other-home', token=TOKEN), cwd=tmp_path, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
-    return load_file(tmp_path / 'logits')['logits'], result.stdout
+    return load_file(tmp_path / 'logits'), result.stdout
 
 
 def test_a_pushed_model_is_loaded_by_timm_alone_to_the_bit(server, run, tmp_path, capsys):
@@ -108,9 +111,10 @@ def test_a_pushed_model_is_loaded_by_timm_alone_to_the_bit(server, run, tmp_path
     run_hub('push', folder, REPO)
     out = capsys.readouterr().out
     assert f'{server.endpoint}/{REPO}' in out and "timm.create_model('hf-hub:tester/digits', pretrained=True)" in out
-    given, said = in_another_process(server, tmp_path, f'hf-hub:{REPO}', 24)
-    assert torch.equal(given, logits(load(str(run), img_size=24), 24)) and '(3, 24, 24)' in said
-    assert torch.equal(logits(load(f'hf-hub:{REPO}'), 24), given)
+    given, said = in_another_process(server, tmp_path, 24)
+    expected = logits(load(str(run), img_size=24), 24)
+    assert torch.equal(given['timm'], expected) and torch.equal(given['transformers'], expected)
+    assert '(3, 24, 24)' in said and torch.equal(logits(load(f'hf-hub:{REPO}'), 24), expected)
     for size in (16, 48):
         assert torch.equal(logits(load(f'hf-hub:{REPO}', img_size=size), size),
                            logits(load(str(run), img_size=size), size))
