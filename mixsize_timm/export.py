@@ -304,9 +304,9 @@ class Export:
     def _card(self) -> ModelCard:
         args, published, epochs = self.args, self.published, self._epochs()
         done, planned = epochs['epochs'], epochs['planned_epochs']
-        text = f'{done} {"of the " if planned and done < planned else ""}' if done else ''
-        if text:
-            text += f'{planned} planned epochs' if planned and done < planned else f'epoch{"s" if done > 1 else ""}'
+        text = f'{done} epoch{"" if done == 1 else "s"}' if done else ''
+        if done and planned and done < planned:
+            text = f'{done} of the {planned} planned epochs'
         return make_card(
             name=self.name, repo_id=args.repo_id or REPO_PLACEHOLDER, model=self.model, stats=published.kind,
             sizes=published.sizes, dtype=args.dtype, metric=self.metric, results=self.results, run=self.record,

@@ -58,14 +58,13 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f'--license takes an identifier of the hub, such as apache-2.0, not {args.license!r}')
     if getattr(args, 'pull_request', False) and args.revision:
         raise UsageError('--pull-request is to main: leave out --revision')
-    repo = getattr(args, 'repo_id', '') or getattr(args, 'repository', None)
-    if args.command == 'pull':
-        repo = args.repository.partition('@')[0]
-    if repo is not None and repo != '':
+    repo = getattr(args, 'repository', getattr(args, 'repo_id', '') or None)
+    if repo is not None:
+        repo = repo.partition('@')[0] if args.command == 'pull' else repo
+        if repo.count('/') != 1:
+            raise UsageError(f'a repository of the hub is ORG/NAME, not {repo!r}')
         with refusing():
             validate_repo_id(repo)
-    if repo is not None and (repo or args.command != 'export') and repo.count('/') != 1:
-        raise UsageError(f'a repository of the hub is ORG/NAME, not {repo!r}')
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:

@@ -31,7 +31,7 @@ _FLOATS = ('BF16', 'F16', 'F32', 'F64')
 _DTYPES = (*_FLOATS, 'BOOL', 'I16', 'I32', 'I64', 'I8', 'U8')
 _MAX_CONFIG = 32 * 2**20  # bytes
 _MAX_NUMBER = 1_000_000  # of an argument of a model
-_MAX_SIDE = 4096  # of an image, in pixels
+_MAX_SIDE = 2048  # of an image, in pixels
 
 
 @contextmanager
