@@ -62,6 +62,17 @@ def run(train_run):
     return train_run('--model', 'test_resnet')
 
 
+@pytest.fixture(scope='module')
+def exported(train_run, tmp_path_factory):
+    """The export of a run, once; tests that change it take the copy."""
+    return export(train_run('--model', 'test_resnet'), tmp_path_factory.mktemp('exported') / 'hub')
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / 'hub')
+
+
 def export(run, folder, *options, code=0):
     assert hub.main(['export', str(run), str(folder), *map(str, options)]) == code
     return folder
@@ -170,12 +181,11 @@ def test_every_number_in_the_card_is_in_the_runs_own_files(train_run, tmp_path):
     assert not is_known('87.6543')
 
 
-def test_a_number_that_the_run_does_not_have_is_noticed(run, tmp_path, capsys):
-    folder = export(run, tmp_path / 'hub')
-    card = (folder / 'README.md').read_text()
+def test_a_number_that_the_run_does_not_have_is_noticed(copy, capsys):
+    card = (copy / 'README.md').read_text()
     first = re.search(r'value: ([\d.]+)', card)
-    (folder / 'README.md').write_text(card.replace(first[0], 'value: 99.99', 1))
-    assert 'shows other results than sizes.json' in refusal(capsys, 'verify', folder)
+    (copy / 'README.md').write_text(card.replace(first[0], 'value: 99.99', 1))
+    assert 'shows other results than sizes.json' in refusal(capsys, 'verify', copy)
 
 
 def test_its_own_statistics_only_by_name(run, tmp_path):
@@ -282,8 +292,8 @@ def test_nothing_is_replaced_unasked(run, tmp_path, capsys):
     assert torch.equal(logits(timms(folder), 48), logits(load(str(run), img_size=48), 48))
 
 
-def test_an_exported_folder_can_be_exported_for_another_size(run, tmp_path, capsys):
-    first = export(run, tmp_path / 'first')
+def test_an_exported_folder_can_be_exported_for_another_size(exported, run, tmp_path, capsys):
+    first = exported
     second = export(first, tmp_path / 'second', '--img-size', '16')
     assert torch.equal(logits(timms(second), 16), logits(load(str(run), img_size=16), 16))
     assert hub.main(['verify', str(second)]) == 0
@@ -362,8 +372,8 @@ def test_what_cannot_work_is_one_line(run, tmp_path, capsys, argv, message):
     assert not (tmp_path / 'hub').exists()
 
 
-def test_a_folder_that_is_not_whole_is_not_verified(run, tmp_path, capsys, images):
-    folder = export(run, tmp_path / 'hub')
+def test_a_folder_that_is_not_whole_is_not_verified(copy, tmp_path, capsys, images):
+    folder = copy
     for name, message in (('README.md', 'has no README.md'), ('accuracy-against-size.png', 'which is not there'),
                           (SIZES_FILE, 'other results'), ('bn_stats.safetensors', 'not the statistics of all sizes')):
         broken = shutil.copytree(folder, tmp_path / name)
@@ -404,15 +414,14 @@ HEADER = 'license: unknown'
     ('run.json', '{', '[{'),
     ('args.yaml', 'model: ', 'model: ['),
 ])
-def test_what_is_out_of_order_is_one_line(run, tmp_path, capsys, name, old, new):
-    folder = export(run, tmp_path / 'hub')
-    text = (folder / name).read_text()
+def test_what_is_out_of_order_is_one_line(copy, capsys, name, old, new):
+    text = (copy / name).read_text()
     assert old in text
-    (folder / name).write_text(text.replace(old, new, 1))
+    (copy / name).write_text(text.replace(old, new, 1))
     if name == 'config.json' and 'null' in new:  # then it is anyone's, and timm's part of it is in order
-        assert hub.main(['verify', str(folder)]) == 0
+        assert hub.main(['verify', str(copy)]) == 0
     else:
-        refusal(capsys, 'verify', folder)
+        refusal(capsys, 'verify', copy)
 
 
 @pytest.mark.parametrize('document', [
