@@ -31,8 +31,8 @@ def log_sizes(accelerator: Accelerator, results: List[Dict[str, float]], step: i
     """
     if not results or not accelerator.is_main_process:
         return
-    columns: List[Any] = [name for name in results[0] if name not in ('images', 'gmacs')
-                          and not name.endswith(('_low', '_high'))]
+    columns: List[Any] = [name for name, value in results[0].items() if isinstance(value, (int, float))
+                          and name not in ('images', 'gmacs') and not name.endswith(('_low', '_high'))]
     rows = [[row[name] for name in columns] for row in results]
     for tracker in accelerator.trackers:
         if tracker.name == 'wandb':
