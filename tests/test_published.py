@@ -46,7 +46,10 @@ def test_timm_loads_it_with_the_statistics_of_its_size(published):
         assert not torch.equal(model(images), load(str(published), img_size=other)(images))
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f'needs the photographs of clothes at {DATA}, or MIXSIZE_DATA')
+@pytest.mark.skipif(not DATA.is_dir(), reason=(
+    'the photographs it was measured on are not part of this repository, and the tests fetch nothing: the tests before '
+    'this one load the model, and hold its card to its results; set MIXSIZE_DATA to the folder that has clothing/ to '
+    'measure it again'))
 def test_its_figures_are_repeated(published, tmp_path):
     card = ModelCard.load(published / 'README.md')
     shown = {result.metric_name: result.metric_value for result in card.data.eval_results}
