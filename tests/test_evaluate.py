@@ -269,6 +269,7 @@ def test_runs_of_other_images_are_not_compared(tmp_path, image_folder, runs, cap
 def test_a_run_in_lower_precision_with_regularisation_and_two_views_is_measured_alike(tmp_path):
     assert train.main(['--model', 'test_resnet', '-b', '256', '--epochs', '1', '--calibrate', '2', '--calibrate-val',
                        '1', '--model-dtype', 'bfloat16', '--mixsize-reg', '1', '--tta', '2', '--aa', 'rand-m9',
+                       '--mixsize-sizes', '24', '32', '48',  # at 16 px torch's bf16 gives NaN: docs/compatibility.md
                        '--output', str(tmp_path), '--experiment', 'run']) == 0
     closing = json.loads((tmp_path / 'run' / 'sizes.json').read_text())['checkpoints'][0]['results']
     for calibrated in ('2', 'kept'):
