@@ -119,10 +119,11 @@ def test_the_best_of_a_run_can_be_calibrated_too(tmp_path, image_folder):
     assert [row['img_size'] for row in rows] == [16, 24, 32, 48]
 
 
-def test_a_checkpoint_of_a_run_is_never_made_a_folder_of_the_hub(tmp_path, capsys):
+def test_a_checkpoint_of_a_run_is_never_made_a_folder_of_the_hub(tmp_path, image_folder, capsys):
     """Its statistics are of the average: the weights themselves beside them would be lost."""
-    assert train.main(['--model', 'test_resnet', '-b', '256', '--epochs', '1', '--model-ema', '--calibrate', '1',
-                       '--calibrate-val', '1', '--output', str(tmp_path), '--experiment', 'run']) == 0
+    assert train.main(['--model', 'test_resnet', '--img-size', '32', '--data-dir', str(image_folder), '--num-classes',
+                       '2', '-b', '4', '-j', '0', '--epochs', '1', '--model-ema', '--output', str(tmp_path),
+                       '--experiment', 'run']) == 0
     last = tmp_path / 'run' / 'last'
     before = {path.name: path.read_bytes() for path in last.iterdir()}
     assert command(tmp_path / 'run', '--output', last, '--sizes', 40, '--overwrite') == 2

@@ -10,11 +10,12 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from conftest import write_images
 from safetensors.torch import save_file
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import accuracy
 
-from mixsize_timm import evaluate, train
+from mixsize_timm import evaluate, plots, train
 from mixsize_timm.bn_stats import BatchNormStats
 from mixsize_timm.datasets import DigitsDataset
 from mixsize_timm.report import REPORT_FILES
@@ -27,23 +28,57 @@ def runs(tmp_path_factory):
     """Two runs on the digits: with mixed sizes, and with one."""
     folder = tmp_path_factory.mktemp('runs')
     for name, options in (('mixed', []), ('fixed', ['--mixsize', 'off'])):
-        assert train.main(['--model', 'test_resnet', '-b', '256', '--epochs', '1', '--calibrate', '3', *options,
-                           '--output', str(folder), '--experiment', name]) == 0
+        assert train.main(['--model', 'test_resnet', '-b', '256', '-j', '0', '--epochs', '1', '--calibrate', '3',
+                           *options, '--output', str(folder), '--experiment', name]) == 0
     return folder
 
 
-@pytest.fixture
-def weights(tmp_path):
-    """A checkpoint of timm's, and one that is safetensors."""
+@pytest.fixture(scope='module')
+def image_folder(tmp_path_factory):
+    """That of conftest.py, made once: nothing here writes into it."""
+    folder = tmp_path_factory.mktemp('images')
+    for split, count in (('train', 12), ('validation', 4)):
+        for number, name in enumerate(('cat', 'dog')):
+            write_images(folder / split / name, count, seed=number)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    """A checkpoint of timm's."""
     torch.manual_seed(3)
     model = timm.create_model('test_resnet', num_classes=2)
-    torch.save({'state_dict': model.state_dict(), 'arch': 'test_resnet'}, tmp_path / 'checkpoint.pth.tar')
-    save_file(model.state_dict(), tmp_path / 'weights.safetensors')
-    return tmp_path / 'checkpoint.pth.tar'
+    path = tmp_path_factory.mktemp('weights') / 'checkpoint.pth.tar'
+    torch.save({'state_dict': model.state_dict(), 'arch': 'test_resnet'}, path)
+    return path
 
 
-def measure(*argv, folder):
-    assert evaluate.main([*map(str, argv), '--no-speed', '--output', str(folder)]) == 0
+@pytest.fixture(scope='module')
+def again(runs, tmp_path_factory):
+    """The run with mixed sizes, measured with as many batches as its closing table."""
+    return measure(runs / 'mixed', '--calibrate', 3, folder=tmp_path_factory.mktemp('again'))['checkpoints'][0]
+
+
+@pytest.fixture(scope='module')
+def plain(image_folder, weights, tmp_path_factory):
+    """What timm's checkpoint reaches in single precision."""
+    document = measure(weights, *of_folder(image_folder), '--sizes', 32, '--calibrate', 2,
+                       folder=tmp_path_factory.mktemp('plain'))
+    return document['checkpoints'][0]['results'][0]
+
+
+def measure(*argv, folder, drawn=False):
+    """The results; the plots are empty files unless they are to be ``drawn``, which takes half of the time."""
+    def touch(folder, *_):
+        for name in REPORT_FILES:
+            if name.endswith(plots.FORMATS):
+                open(os.path.join(folder, name), 'w').close()
+        return dict.fromkeys(plots.PLOTS, '<svg></svg>')
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not drawn:
+            patch.setattr(plots, 'draw', touch)
+        assert evaluate.main([*map(str, argv), '--no-speed', '--output', str(folder)]) == 0
     return json.loads((folder / 'sizes.json').read_text())
 
 
@@ -109,18 +144,16 @@ def test_uncalibrated_it_is_timms_script(tmp_path, image_folder, weights, runs):
             assert (round(row['top1'], 4), round(row['top5'], 4)) == (theirs['top1'], theirs['top5'])
 
 
-def test_a_run_is_measured_as_its_closing_table_was(tmp_path, runs):
+def test_a_run_is_measured_as_its_closing_table_was(runs, again):
     closing = json.loads((runs / 'mixed' / 'sizes.json').read_text())['checkpoints'][0]
-    again = measure(runs / 'mixed', '--calibrate', 3, folder=tmp_path / 'report')['checkpoints'][0]
     assert again['training'] == closing['training']
     for row, other in zip(again['results'], closing['results']):
         assert all(row[name] == value for name, value in other.items())
 
 
-def test_kept_statistics_are_those_that_training_left(tmp_path, runs):
-    fresh = measure(runs / 'mixed', '--calibrate', 3, folder=tmp_path / 'fresh')['checkpoints'][0]['results']
+def test_kept_statistics_are_those_that_training_left(tmp_path, runs, again):
     kept = measure(runs / 'mixed', '--calibrate', 'kept', folder=tmp_path / 'kept')['checkpoints'][0]['results']
-    assert kept == fresh
+    assert kept == again['results']
     assert any(row['top1'] != row['top1_uncalibrated'] for row in kept)
 
 
@@ -133,7 +166,7 @@ def test_calibrating_twice_gives_the_same(tmp_path, image_folder, weights):
 
 def test_checkpoints_are_compared_with_a_baseline(tmp_path, runs, capsys):
     document = measure(runs / 'mixed', runs / 'fixed', '--baseline', 'fixed', '--calibrate', 2, '--sizes', 16, 32,
-                       folder=tmp_path / 'report')
+                       folder=tmp_path / 'report', drawn=True)
     assert [part['name'] for part in document['answers']] == ['mixed']
     assert document['answers'][0]['training_gmacs'] > 0
     out = capsys.readouterr().out
@@ -143,7 +176,7 @@ def test_checkpoints_are_compared_with_a_baseline(tmp_path, runs, capsys):
 
 def test_crops_are_swept(tmp_path, image_folder, weights):
     document = measure(weights, *of_folder(image_folder), '--sizes', 32, 48, '--calibrate', 2, '--crop-pct', 0.5, 1.0,
-                       folder=tmp_path / 'report')
+                       folder=tmp_path / 'report', drawn=True)
     rows = document['checkpoints'][0]['results']
     again = measure(weights, *of_folder(image_folder), '--sizes', 32, 48, '--calibrate', 2, '--crop-pct', 1.0,
                     folder=tmp_path / 'again')['checkpoints'][0]['results']
@@ -155,11 +188,10 @@ def test_crops_are_swept(tmp_path, image_folder, weights):
 
 @pytest.mark.parametrize('options', [['--model-dtype', 'bfloat16'], ['--model-dtype', 'float16'], ['--channels-last'],
                                      ['--mixed-precision', 'bf16'], ['--no-prefetcher'], ['--no-use-ema']], ids=str)
-def test_precisions_and_formats(tmp_path, image_folder, weights, options):
-    argv = [weights, *of_folder(image_folder), '--sizes', 32, '--calibrate', 2]
-    plain = measure(*argv, folder=tmp_path / 'plain')['checkpoints'][0]['results'][0]
+def test_precisions_and_formats(tmp_path, image_folder, weights, plain, options):
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps its precision for a process
-    other = measure(*argv, *options, folder=tmp_path / 'other')['checkpoints'][0]['results'][0]
+    other = measure(weights, *of_folder(image_folder), '--sizes', 32, '--calibrate', 2, *options,
+                    folder=tmp_path / 'other')['checkpoints'][0]['results'][0]
     assert other['loss'] == pytest.approx(plain['loss'], rel=0.05)
 
 
@@ -213,11 +245,12 @@ ERRORS = [
 def test_what_cannot_work_is_one_line(tmp_path, image_folder, weights, runs, capsys, line, message):
     shutil.copytree(image_folder / 'train', tmp_path / 'alone' / 'train')
     argv = line.format(tmp=tmp_path, data=image_folder, weights=weights, runs=runs, alone=tmp_path / 'alone').split()
-    before = sorted(tmp_path.rglob('*'))
+    places = tmp_path, image_folder, weights.parent
+    before = [sorted(place.rglob('*')) for place in places]
     assert evaluate.main(['--output', str(tmp_path / 'report'), *argv]) == 2
     error = capsys.readouterr().err
     assert error.startswith('mixsize_timm.evaluate: error: ') and error.count('\n') == 1 and message in error
-    assert sorted(tmp_path.rglob('*')) == before
+    assert [sorted(place.rglob('*')) for place in places] == before
 
 
 def test_a_report_is_not_overwritten_without_being_asked(tmp_path, image_folder, weights, capsys):
@@ -267,8 +300,9 @@ def test_runs_of_other_images_are_not_compared(tmp_path, image_folder, runs, cap
 
 
 def test_a_run_in_lower_precision_with_regularisation_and_two_views_is_measured_alike(tmp_path):
-    assert train.main(['--model', 'test_resnet', '-b', '256', '--epochs', '1', '--calibrate', '2', '--calibrate-val',
-                       '1', '--model-dtype', 'bfloat16', '--mixsize-reg', '1', '--tta', '2', '--aa', 'rand-m9',
+    assert train.main(['--model', 'test_resnet', '-b', '256', '-j', '0', '--epochs', '1', '--calibrate', '2',
+                       '--calibrate-val', '1', '--model-dtype', 'bfloat16', '--mixsize-reg', '1', '--tta', '2',
+                       '--aa', 'rand-m9',
                        '--mixsize-sizes', '24', '32', '48',  # at 16 px torch's bf16 gives NaN: docs/compatibility.md
                        '--output', str(tmp_path), '--experiment', 'run']) == 0
     closing = json.loads((tmp_path / 'run' / 'sizes.json').read_text())['checkpoints'][0]['results']

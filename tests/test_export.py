@@ -21,10 +21,10 @@ from mixsize_timm.report import SIZES_FILE
 CARD_TEMPLATE = Path(__file__).parents[1] / 'hub' / 'card.md.jinja'
 FAMILIES = {
     'test_resnet': [],
-    'efficientnet_lite0': [],
+    'test_efficientnet': [],
     'mobilenetv3_small_050': [],
     'test_convnext': ['--img-size', '64'],
-    'regnetx_002': [],
+    'regnetx_002': ['--model-kwargs', 'depth=8'],
     'vit_tiny_patch16_224': ['--img-size', '64', '--model-kwargs', 'dynamic_img_size=True', 'depth=2'],
 }
 

@@ -21,9 +21,9 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 def run(tmp_path_factory):
     """A run on a few of the digits, with an average of the weights."""
     folder = tmp_path_factory.mktemp('runs')
-    assert train.main(['--model', 'test_resnet', '-b', '256', '--epochs', '1', '--model-ema', '--model-ema-decay',
-                       '0.5', '--calibrate', '2', '--calibrate-val', '1', '--output', str(folder), '--experiment',
-                       'run']) == 0
+    assert train.main(['--model', 'test_resnet', '-b', '256', '-j', '0', '--epochs', '1', '--model-ema',
+                       '--model-ema-decay', '0.5', '--calibrate', '2', '--calibrate-val', '1', '--output', str(folder),
+                       '--experiment', 'run']) == 0
     return folder / 'run'
 
 
@@ -155,17 +155,17 @@ def test_truncated_weights_are_one_line(run, tmp_path):
 
 
 def test_a_split_batch_norm_model_loads(tmp_path):
-    assert train.main(['--model', 'test_resnet', '-b', '256', '--epochs', '1', '--mixsize', 'off', '--aug-splits', '2',
-                       '--split-bn', '--aa', 'rand-m1', '--calibrate', '1', '--output', str(tmp_path), '--experiment',
-                       'split']) == 0
+    assert train.main(['--model', 'test_resnet', '-b', '256', '-j', '0', '--epochs', '1', '--mixsize', 'off',
+                       '--aug-splits', '2', '--split-bn', '--aa', 'rand-m1', '--calibrate', '1', '--output',
+                       str(tmp_path), '--experiment', 'split']) == 0
     assert any('aux_bn' in name for name in load(str(tmp_path / 'split')).state_dict())
 
 
 def test_a_run_whose_average_is_kept_on_the_cpu_is_not_the_average(tmp_path):
     """Training then validates the weights themselves, and keeps their statistics."""
-    assert train.main(['--model', 'test_resnet', '-b', '256', '--epochs', '1', '--model-ema', '--model-ema-force-cpu',
-                       '--calibrate', '1', '--calibrate-val', '1', '--output', str(tmp_path), '--experiment',
-                       'run:1']) == 0
+    assert train.main(['--model', 'test_resnet', '-b', '256', '-j', '0', '--epochs', '1', '--model-ema',
+                       '--model-ema-force-cpu', '--calibrate', '1', '--calibrate-val', '1', '--output',
+                       str(tmp_path), '--experiment', 'run:1']) == 0
     model = load(str(tmp_path / 'run:1'), own_stats=True)
     assert torch.equal(outputs(model), outputs(of(tmp_path / 'run:1' / 'last' / 'model.safetensors')))
     assert load(str(tmp_path / 'run:1'), img_size=16).bn_stats.sizes == (16, 24, 32, 48)
