@@ -13,10 +13,11 @@ from timm.utils import ParseKwargs
 
 from .checkpoint import holds_checkpoint, newest_checkpoint, run_folder
 from .datasets import DIGITS
-from .errors import UsageError
+from .errors import UsageError, refusing
 from .parser import build_parser
 from .regime import Regime
 from .resources import read_resource
+from .saver import CheckpointInterval
 from .tokens import holds_token
 
 _logger = logging.getLogger(__name__)
@@ -99,7 +100,8 @@ def read_yaml(path: str) -> Dict[str, Any]:
 
 # Arguments that say the same in several ways
 _SPELLINGS = (('mixed_precision', 'amp'), ('drop_path', 'drop_connect'), ('loss', 'bce_loss', 'jsd_loss'),
-              ('loss_pos_weight', 'bce_pos_weight'), ('mixsize_duplicates', 'aug_repeats'))
+              ('loss_pos_weight', 'bce_pos_weight'), ('mixsize_duplicates', 'aug_repeats'),
+              ('checkpoint_interval', 'recovery_interval'))
 
 
 def _stated(argv: Optional[List[str]]) -> Set[str]:
@@ -216,6 +218,11 @@ def _resolve(args: argparse.Namespace, given: argparse.Namespace) -> None:
         if args.loss_pos_weight not in (None, str(args.bce_pos_weight)):
             raise UsageError('--bce-pos-weight is the old name of --loss-pos-weight: give one of them')
         args.loss_pos_weight = str(args.bce_pos_weight)
+    if args.recovery_interval:
+        if args.checkpoint_interval not in (build_parser().get_default('checkpoint_interval'),
+                                            str(args.recovery_interval)):
+            raise UsageError('--recovery-interval means the same as --checkpoint-interval: give one of them')
+        args.checkpoint_interval = str(args.recovery_interval)
     multi_label = args.task == 'multilabel'
     args.loss = args.loss or ('bce' if multi_label else 'ce')
     args.eval_metric = args.eval_metric or ('map' if multi_label else 'top1')
@@ -274,13 +281,20 @@ def _check_ranges(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UsageError(f'{flag(name)} must be at least 1, not {value}')
     for name in ('workers', 'calibrate', 'calibrate_val', 'seed', 'recovery_interval', 'mixsize_reg', 'epoch_repeats',
-                 'aug_repeats', 'start_epoch'):
+                 'aug_repeats', 'start_epoch', 'max_nonfinite', 'worker_timeout'):
         if (getattr(args, name) or 0) < 0:
             raise UsageError(f'{flag(name)} must not be negative, not {getattr(args, name)}')
+    if args.micro_batch_size not in ('', 'auto') and not (
+            args.micro_batch_size.isdecimal() and int(args.micro_batch_size)):
+        raise UsageError(f'--micro-batch-size must be a number of images or auto, not {args.micro_batch_size!r}')
+    with refusing('--checkpoint-interval'):
+        CheckpointInterval(args.checkpoint_interval)
     if not 0 <= args.grad_smoothing_momentum < 1:
         raise UsageError(f'--grad-smoothing-momentum must be in [0, 1), not {args.grad_smoothing_momentum}')
     if args.decay_epochs is not None and args.decay_epochs <= 0:
         raise UsageError(f'--decay-epochs must be above 0, not {args.decay_epochs}')
+    if not 0 <= args.max_bad_images <= 1:
+        raise UsageError(f'--max-bad-images must be in [0, 1], not {args.max_bad_images}')
     if not 0 <= args.smoothing < 1:
         raise UsageError(f'--smoothing must be in [0, 1), not {args.smoothing}')
     if args.tta not in (0, 1, 2):
@@ -300,6 +314,9 @@ def _check_mixsize(args: argparse.Namespace, given: argparse.Namespace) -> None:
         for name, default in (('adapt', 'd+'), ('duplicates', 1), ('max_work', None), ('drop', 'tail'), ('reg', 0)):
             if getattr(given, f'mixsize_{name}') != default:
                 raise UsageError(f'--mixsize off trains one size: leave out --mixsize-{name.replace("_", "-")}')
+        for name, standard in (('max_bad_images', 0.01), ('worker_timeout', 45)):
+            if getattr(given, name) != standard:
+                raise UsageError(f'--mixsize off uses timm\'s own loader: leave out {flag(name)}')
         return
     for name, (absent, why) in _OFF_ONLY.items():
         if getattr(args, name) != absent:
@@ -313,11 +330,13 @@ def _check_augmentation(args: argparse.Namespace) -> None:
         raise UsageError('--split-bn needs --aug-splits or --resplit')
     if args.split_bn and args.sync_bn:
         raise UsageError('--split-bn and --sync-bn exclude each other')
-    if args.aug_splits and (mixing(args) or args.no_prefetcher):
-        raise UsageError('--aug-splits cannot be had with mixup, cutmix or --no-prefetcher')
+    if args.aug_splits and (mixing(args) or args.no_prefetcher or args.micro_batch_size):
+        raise UsageError('--aug-splits cannot be had with mixup, cutmix, --no-prefetcher or --micro-batch-size')
+    if args.micro_batch_size == 'auto' and args.mixsize == 'off':
+        raise UsageError('--micro-batch-size auto reads the batches of a regime: with --mixsize off give a number')
     if args.naflex_loader:
         for name in ('aug_splits', 'train_img_sizes', 'use_multi_epochs_loader', 'mixup_off_epoch', 'cutmix_minmax',
-                     'torchscript', 'tta', 'save_images', 'resplit'):
+                     'torchscript', 'tta', 'save_images', 'resplit', 'micro_batch_size'):
             if getattr(args, name):
                 raise UsageError(f'--naflex-loader and {flag(name)} exclude each other')
     if args.naflex_loader and args.mixup_mode != 'batch':

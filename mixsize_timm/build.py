@@ -6,9 +6,9 @@ import os
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import patch_environment
+from accelerate.utils import DynamoBackend, patch_environment
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.loss import create_classification_loss, load_class_stats, resolve_class_weights
 from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
@@ -28,13 +28,26 @@ from .args import mixing, model_dtype
 from .errors import UsageError, refusing
 from .loaders import Data
 from .models import check_source
+from .processes import check_launch, check_processes, check_sharding, shards, share_weights
 from .sizes import SizeProbe
 
 _logger = logging.getLogger(__name__)
 
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
-    """The Accelerator of the run; on the CPU with all cores, where the launcher would leave one thread a process."""
+    """The Accelerator of the run, if it is what was asked for: its processes, its device and its precision.
+
+    On the CPU with all cores, where the launcher would leave one thread a process.
+
+    Raises:
+        UsageError: It cannot be had, or Accelerate would replace something silently.
+    """
+    check_launch()
+    precision = args.mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION') or 'no'
+    if precision not in ('no', 'fp16', 'bf16'):
+        raise UsageError(f'{precision} is not supported: choose no, fp16 or bf16 with --mixed-precision')
+    if args.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when CUDA starts
     if args.local_rank:
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     trackers = [name for name, wanted in (('wandb', args.log_wandb), ('tensorboard', args.log_tensorboard)) if wanted]
@@ -53,12 +66,8 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
                 mixed_precision=args.mixed_precision, cpu=args.device == 'cpu', log_with=trackers or None,
                 project_dir='.',
                 kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)])
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
-        raise UsageError(f'{accelerator.distributed_type.value} is not supported: configure Accelerate for plain data '
-                         'parallelism')
-    wanted = args.device.split(':')[0]
-    if wanted not in ('cuda', accelerator.device.type):
-        raise UsageError(f'--device {args.device}: Accelerate is configured for {accelerator.device.type}')
+    check_processes(args, accelerator)
+    _check_accelerator(args, accelerator, precision)
     if accelerator.mixed_precision != 'no' and args.model_dtype not in (None, 'float32'):
         raise UsageError(f'--model-dtype {args.model_dtype} cannot be had with mixed precision: leave out one of them')
     if args.aug_repeats and args.mixsize == 'off' and accelerator.num_processes == 1:
@@ -67,18 +76,46 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
+def _check_accelerator(args: argparse.Namespace, accelerator: Accelerator, precision: str) -> None:
+    """Refuse what Accelerate or torch has replaced, or would replace, by something else without saying so."""
+    device, processes = torch.device(args.device), accelerator.num_processes
+    if device.type not in ('cuda', accelerator.device.type):
+        raise UsageError(f'--device {args.device}: Accelerate is configured for {accelerator.device.type}')
+    if device.index is not None and processes > 1:
+        raise UsageError(f'--device {args.device} would be that of all {processes} processes: leave out its number')
+    if accelerator.mixed_precision != precision:
+        raise UsageError(f'Accelerate trains with {accelerator.mixed_precision}, not {precision}: choose it with '
+                         '--mixed-precision')
+    if precision == 'fp16' and accelerator.scaler is None:  # float32, without a word
+        raise UsageError('fp16 needs a GPU: use --mixed-precision bf16, or --amp-dtype bfloat16')
+    on_cuda = accelerator.device.type == 'cuda'
+    if precision == 'bf16' and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UsageError(f'{torch.cuda.get_device_name()} has no units for bf16 and would emulate it: use '
+                         '--mixed-precision fp16')
+    if args.no_tf32 and not (on_cuda and torch.cuda.is_tf32_supported()):
+        raise UsageError(f'there is no TF32 on this {accelerator.device.type}: leave out --no-tf32')
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise UsageError('Accelerate is configured to compile by itself: leave out dynamo, and use --torchcompile')
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UsageError('Accelerate is configured to accumulate gradients and would divide each loss: use '
+                         '--grad-accum-steps instead')
+    if accelerator.parallelism_config is not None:
+        raise UsageError('Accelerate\'s parallelism_config is not supported: each process takes its share of the batch')
+
+
 def _set_backend(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    if args.deterministic:
+        torch.use_deterministic_algorithms(True)
     if accelerator.device.type == 'cpu':
-        if accelerator.mixed_precision == 'fp16':
-            raise UsageError('fp16 needs a GPU: use --mixed-precision bf16, or --amp-dtype bfloat16')
         if args.sync_bn and accelerator.num_processes > 1:
             raise UsageError('--sync-bn needs GPUs: leave it out on the CPU')
         if os.environ.get('OMP_NUM_THREADS', '1') == '1':
             cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     elif accelerator.device.type == 'cuda':
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
+        # of torch's two interfaces the one that torch.compile reads too
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not args.no_tf32
+        torch.backends.cudnn.benchmark = not args.deterministic
     if args.fuser:
         with refusing(f'timm has no fuser {args.fuser!r}'):
             set_jit_fuser(args.fuser)
@@ -123,7 +160,10 @@ def create_task(args: argparse.Namespace, model: nn.Module, accelerator: Acceler
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup,
                        device=torch.device('cpu') if args.model_ema_force_cpu else None)
     if args.torchcompile:
-        _compile(args, task, data.num_shapes)
+        _compile(args, task, data.num_shapes * (2 if args.micro_batch_size else 1))  # parts differ by one image
+    if shards(accelerator):
+        check_sharding(args, accelerator)
+        share_weights(model)
     task.trainable_module, optimizer = accelerator.prepare(task.get_trainable_module(), optimizer)
     return task, optimizer
 
@@ -204,13 +244,13 @@ def create_schedule(args: argparse.Namespace, optimizer: Any, data: Data) -> Tup
             updates_per_epoch=data.num_steps)
 
 
-def scale_lr(args: argparse.Namespace, data: Data, num_processes: int) -> float:
+def scale_lr(args: argparse.Namespace, data: Data) -> float:
     """The learning rate: ``--lr``, or ``--lr-base`` scaled to the base batch of all processes as timm does.
 
     Duplicates and the batches of other sizes do not count; the mean batch is logged beside.
     """
     regime = data.regime
-    batch = data.mean_batch * num_processes * args.grad_accum_steps
+    batch = data.mean_batch * data.plan_world_size * args.grad_accum_steps
     mean = batch * regime.mean_batch / regime.batch_size if regime else batch
     if args.lr:
         _logger.info('Learning rate %.4g; the base batch is %g, the mean batch %.1f', args.lr, batch, mean)

@@ -1,71 +1,157 @@
-"""A run saved and resumed: tensors as safetensors, everything else as JSON, nothing pickled."""
+"""One checkpoint: a folder of safetensors and JSON with a manifest, written whole or not at all, nothing pickled."""
+import errno
+import hashlib
 import json
 import os
-import random
 import shutil
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Tuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import nn
+
+from .sharding import load_full_model_state
 
 MODEL_FILE = 'model.safetensors'
 EMA_FILE = 'model_ema.safetensors'
 STATE_FILE = 'state.safetensors'
 STATE_JSON = 'state.json'
-LAST = 'last'  # the checkpoint of a run's folder that the run continues from
-RECOVERY = 'recovery'  # one from inside an epoch
+MANIFEST_FILE = 'manifest.json'  # sizes and hashes of the others, and where training was
+LAST = 'last'  # the checkpoint after the last finished epoch
+RECOVERY = 'recovery-'  # begins the names of those from inside an epoch
 
 _TENSOR, _TUPLE, _ITEMS, _DTYPE = '__tensor__', '__tuple__', '__items__', '__dtype__'
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def save_checkpoint(folder: str, model: nn.Module, state: Any = None, ema: Optional[nn.Module] = None) -> None:
-    """Write a checkpoint folder; one that stood there before is replaced when the new one is whole.
+class SaveError(OSError):
+    """A checkpoint cannot be written; the message is one line. Those that stood before are as they were."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds, in host memory and shared with nothing: training may go on while it is written.
+
+    Attributes:
+        tensors: Files of tensors.
+        state: What ``state.json`` holds; ``None`` for a checkpoint of weights alone.
+        position: Finished epochs, and finished steps of the next one.
+    """
+    tensors: Dict[str, Dict[str, torch.Tensor]] = field(repr=False)
+    state: Optional[Any] = field(repr=False)
+    position: Tuple[int, int]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its tensors; the JSON beside them is small."""
+        return sum(t.numel() * t.element_size() for tensors in self.tensors.values() for t in tensors.values())
+
+
+def take_snapshot(model: Any, state: Any = None, ema: Any = None, position: Tuple[int, int] = (0, 0)) -> Snapshot:
+    """Copy what a checkpoint holds to host memory.
 
     Args:
-        folder: The folder to make.
-        model: Its weights and buffers are saved as ``model.safetensors``.
+        model: Module whose weights and buffers are saved as ``model.safetensors``, or its state dict.
         state: What else training needs: nested dicts, lists and tuples of tensors and plain values.
         ema: Moving average of the model, saved as ``model_ema.safetensors``.
+        position: Finished epochs, and finished steps of the next one.
+
+    Raises:
+        TypeError: ``state`` holds something else.
+    """
+    tensors = {name: {key: _on_host(tensor) for key, tensor in _state_dict(part).items()}
+               for part, name in ((model, MODEL_FILE), (ema, EMA_FILE)) if part is not None}
+    plain = None
+    if state is not None:
+        tensors[STATE_FILE] = {}
+        plain = _pack(state, tensors[STATE_FILE])
+    return Snapshot(tensors, plain, position)
+
+
+def save_checkpoint(folder: str, model: Any, state: Any = None, ema: Any = None, *,
+                    position: Tuple[int, int] = (0, 0), keep_previous: bool = False) -> None:
+    """Write a checkpoint folder; arguments and errors as of :func:`take_snapshot` and :func:`write_snapshot`."""
+    write_snapshot(folder, take_snapshot(model, state, ema, position), keep_previous=keep_previous)
+
+
+def write_snapshot(folder: str, snapshot: Snapshot, *, keep_previous: bool = False) -> None:
+    """Write a checkpoint folder: aside, to the disk, read again, and only then under its name.
+
+    Args:
+        folder: The folder to make; one that stood there before is replaced.
+        snapshot: What it holds.
+        keep_previous: Keep the one that stood there before as ``folder.old``.
+
+    Raises:
+        SaveError: It cannot be written. What stood there before is as it was.
     """
     new = folder + '.new'
-    shutil.rmtree(new, ignore_errors=True)
-    os.makedirs(new)
-    for module, name in ((model, MODEL_FILE), (ema, EMA_FILE)):
-        if module is not None:
-            save_file(_distinct(module.state_dict()), os.path.join(new, name), metadata={'format': 'pt'})
-    if state is not None:
-        tensors: Dict[str, torch.Tensor] = {}
-        plain = _pack(state, tensors)
-        save_file(tensors, os.path.join(new, STATE_FILE))
-        with open(os.path.join(new, STATE_JSON), 'w', encoding='utf-8') as file:
-            json.dump(plain, file)
-    _replace(folder)
+    try:
+        _remove(new)
+        os.makedirs(new)
+        _check_space(new, snapshot.num_bytes)
+        files = {}
+        for name, tensors in snapshot.tensors.items():
+            files[name] = _write(os.path.join(new, name), to_bytes(tensors, metadata={'format': 'pt'}))
+        if snapshot.state is not None:
+            files[STATE_JSON] = _write(os.path.join(new, STATE_JSON), json.dumps(snapshot.state).encode())
+        manifest = {'position': list(snapshot.position), 'files': files}
+        _write(os.path.join(new, MANIFEST_FILE), (json.dumps(manifest, indent=2) + '\n').encode())
+        check_whole(new)
+        _flush_folder(new)
+        _replace(folder, keep_previous)
+    except (OSError, ValueError) as error:
+        raise SaveError(f'cannot save {folder}: {_reason(error, new, snapshot.num_bytes)}') from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def copy_checkpoint(source: str, folder: str) -> None:
-    """Keep a checkpoint under another name, sharing its files where the file system can: they are never written to."""
+    """Keep a checkpoint under another name, sharing its files where the file system can: they are never written to.
+
+    Raises:
+        SaveError: It cannot be copied.
+    """
     def link(file: str, copied: str) -> None:
         try:
             os.link(file, copied)
         except OSError:
             shutil.copy2(file, copied)
 
-    shutil.rmtree(folder + '.new', ignore_errors=True)
-    shutil.copytree(source, folder + '.new', copy_function=link)
-    _replace(folder)
+    try:
+        _remove(folder + '.new')
+        shutil.copytree(source, folder + '.new', copy_function=link)
+        _replace(folder)
+    except OSError as error:
+        raise SaveError(f'cannot save {folder}: {error.strerror or error}') from error
 
 
-def _replace(folder: str) -> None:
-    """Put ``folder.new`` in the place of ``folder``; there is one that is whole at any time."""
-    old = folder + '.old'
-    shutil.rmtree(old, ignore_errors=True)
-    if os.path.isdir(folder):
-        os.rename(folder, old)
-    os.rename(folder + '.new', folder)
-    shutil.rmtree(old, ignore_errors=True)
+def check_whole(folder: str) -> None:
+    """Compare every file of a checkpoint with its manifest.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: It is torn, truncated or altered; the message says where.
+    """
+    if not os.path.isfile(os.path.join(folder, MODEL_FILE)):
+        raise FileNotFoundError(f'no checkpoint at {folder}')
+    files = _manifest(folder).get('files')
+    if not files:
+        raise ValueError(f'the checkpoint {folder} is not whole: {MANIFEST_FILE} is missing or not readable')
+    for name, expected in files.items():
+        path = os.path.join(folder, name)
+        try:
+            if os.path.getsize(path) != expected['size']:
+                raise ValueError(f'the checkpoint {folder} is not whole: {name} has {os.path.getsize(path)} of '
+                                 f'{expected["size"]} bytes')
+            if _sha256(path) != expected['sha256']:
+                raise ValueError(f'the checkpoint {folder} is not whole: {name} was altered after it was saved')
+        except OSError as error:
+            raise ValueError(f'the checkpoint {folder} is not whole: {name}: {error.strerror}') from error
 
 
 def holds_checkpoint(folder: str) -> bool:
@@ -78,16 +164,37 @@ def run_folder(path: str) -> str:
     return os.path.dirname(os.path.abspath(path)) if os.path.isfile(os.path.join(path, STATE_JSON)) else path
 
 
+def checkpoints_of(run: str) -> List[str]:
+    """The checkpoints in a run's folder that training can go on from, the newest first; whole or not."""
+    found = []
+    for entry in os.scandir(run) if os.path.isdir(run) else ():
+        kept = entry.name.endswith('.old') or not os.path.splitext(entry.name)[1]  # not what is half written
+        if kept and os.path.isfile(os.path.join(entry.path, STATE_JSON)):
+            found.append((position_of(entry.path), entry.name == LAST, entry.path))
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
 def newest_checkpoint(path: str) -> str:
-    """The checkpoint that a path names: it, or the one that the run in this folder continues from."""
+    """The checkpoint that a path names: it, or the one that stands for the run in this folder."""
     if run_folder(path) != path:
         return path
-    last, recovery = os.path.join(path, LAST), os.path.join(path, RECOVERY)
-    return recovery if holds_checkpoint(recovery) and not holds_checkpoint(last) else last
+    last = os.path.join(path, LAST)
+    return last if holds_checkpoint(last) else next(iter(checkpoints_of(path)), last)
+
+
+def position_of(folder: str) -> Tuple[int, int]:
+    """Finished epochs of a checkpoint, and finished steps of the next one; beyond all others where it does not say,
+    so that it is looked at, and warned of, first.
+    """
+    try:
+        epoch, step = _manifest(folder)['position']
+        return int(epoch), int(step)
+    except (KeyError, TypeError, ValueError):
+        return sys.maxsize, 0
 
 
 def load_checkpoint(folder: str, model: nn.Module, ema: Optional[nn.Module] = None) -> Any:
-    """Read a checkpoint folder into a model.
+    """Read a checkpoint folder into a model, if it is whole.
 
     Args:
         folder: What :func:`save_checkpoint` wrote.
@@ -99,12 +206,11 @@ def load_checkpoint(folder: str, model: nn.Module, ema: Optional[nn.Module] = No
 
     Raises:
         FileNotFoundError: There is no checkpoint.
-        ValueError: It cannot be read, or is of another model.
+        ValueError: It is not whole, or is of another model.
     """
     if not os.path.isdir(folder) and os.path.isdir(folder + '.old'):  # stopped between two renames
         folder += '.old'
-    if not os.path.isfile(os.path.join(folder, MODEL_FILE)):
-        raise FileNotFoundError(f'no checkpoint at {folder}')
+    check_whole(folder)
     try:
         weights = averaged = load_file(os.path.join(folder, MODEL_FILE))
         if ema is not None and os.path.isfile(os.path.join(folder, EMA_FILE)):
@@ -115,7 +221,7 @@ def load_checkpoint(folder: str, model: nn.Module, ema: Optional[nn.Module] = No
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f'the checkpoint {folder} is not readable: {" ".join(str(error).split())}') from error
     try:
-        model.load_state_dict(weights)
+        load_full_model_state(model, weights)
         if ema is not None:
             ema.load_state_dict(averaged)
     except RuntimeError as error:
@@ -133,79 +239,86 @@ def read_state(folder: str, name: str) -> Any:
         return None
 
 
-class CheckpointHistory:
-    """The checkpoints of the best epochs, as timm's ``CheckpointSaver`` keeps them: ``checkpoint-E`` beside ``last``.
-
-    Args:
-        folder: The run's folder.
-        limit: Number of checkpoints to keep.
-        entries: Epoch and metric of those that are kept, of a run that is resumed.
-    """
-
-    def __init__(self, folder: str, limit: int, entries: Sequence[Tuple[int, float]] = ()) -> None:
-        self.folder = folder
-        self.limit = limit
-        self.entries = [(epoch, metric) for epoch, metric in entries if os.path.isdir(self._path(epoch))]
-
-        self._removed: List[int] = []
-
-    def rank(self, epoch: int, metric: float) -> None:
-        """Give an epoch its place: a higher metric is better, and of equal ones the earlier epoch."""
-        ranked = sorted([*self.entries, (epoch, metric)], key=lambda entry: (-entry[1], entry[0]))
-        self.entries, without = ranked[:self.limit], ranked[self.limit:]
-        self._removed = [other for other, _ in without if other != epoch]
-
-    def keep(self, epoch: int) -> None:
-        """Keep ``last`` as the checkpoint of an epoch if it has a place, and remove those that lost theirs."""
-        if any(place == epoch for place, _ in self.entries):
-            copy_checkpoint(os.path.join(self.folder, LAST), self._path(epoch))
-        for other in self._removed:
-            shutil.rmtree(self._path(other), ignore_errors=True)
-
-    def _path(self, epoch: int) -> str:
-        return os.path.join(self.folder, f'checkpoint-{epoch}')
+def _replace(folder: str, keep_previous: bool = False) -> None:
+    """Put ``folder.new`` in the place of ``folder``; there is one that is whole at any time."""
+    old = folder + '.old'
+    if os.path.isdir(folder):
+        _remove(old)
+        os.rename(folder, old)
+    os.rename(folder + '.new', folder)
+    if not keep_previous:
+        shutil.rmtree(old, ignore_errors=True)
+    _flush_folder(os.path.dirname(os.path.abspath(folder)))
 
 
-def random_state() -> Dict[str, Any]:
-    """State of the generators of Python, NumPy and torch on the CPU and the current CUDA device."""
-    version, keys, gauss = random.getstate()
-    name, words, *rest = np.random.get_state()
-    state = {'python': (version, list(keys), gauss),
-             'numpy': (name, torch.from_numpy(np.asarray(words).astype(np.int64)), *rest),
-             'torch': torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state['cuda'] = torch.cuda.get_rng_state()
-    return state
+def _remove(folder: str) -> None:
+    if os.path.lexists(folder):
+        shutil.rmtree(folder)
 
 
-def set_random_state(state: Dict[str, Any]) -> None:
-    """Restore what :func:`random_state` gave."""
-    version, keys, gauss = state['python']
-    random.setstate((version, tuple(keys), gauss))
-    name, words, *rest = state['numpy']
-    np.random.set_state((name, words.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state['torch'])
-    if 'cuda' in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state['cuda'])
+def _write(path: str, content: bytes) -> Dict[str, Any]:
+    """Write a file to the disk; what the manifest says of it."""
+    with open(path, 'wb') as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {'size': len(content), 'sha256': hashlib.sha256(content).hexdigest()}
 
 
-def _distinct(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Contiguous copies where two names share memory, which safetensors refuses."""
-    seen: Dict[Tuple[str, int], str] = {}
-    result = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        place = (str(tensor.device), tensor.untyped_storage().data_ptr())
-        result[name] = tensor.clone() if tensor.numel() and place in seen else tensor
-        seen[place] = name
-    return result
+def _flush_folder(path: str) -> None:
+    """Bring a folder's names to the disk, where the system can."""
+    if os.name == 'posix':
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _check_space(folder: str, needed: int) -> None:
+    if shutil.disk_usage(folder).free < needed:  # before the rest of the disk is filled too
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _reason(error: Exception, folder: str, needed: int) -> str:
+    if not isinstance(error, OSError) or error.errno not in _FULL:
+        return str(getattr(error, 'strerror', None) or error)
+    shutil.rmtree(folder, ignore_errors=True)
+    place = os.path.dirname(os.path.abspath(folder))
+    missing = needed - shutil.disk_usage(place).free
+    return f'{error.strerror}: it has {needed:,} bytes' + (f', {missing:,} bytes are missing' if missing > 0 else '')
+
+
+def _manifest(folder: str) -> Dict[str, Any]:
+    try:
+        with open(os.path.join(folder, MANIFEST_FILE), encoding='utf-8') as file:
+            content = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _sha256(path: str) -> str:
+    with open(path, 'rb') as file:
+        digest = hashlib.sha256()
+        while part := file.read(1 << 20):
+            digest.update(part)
+        return digest.hexdigest()
+
+
+def _state_dict(part: Any) -> Dict[str, torch.Tensor]:
+    return part.state_dict() if isinstance(part, nn.Module) else part
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to('cpu', copy=True, memory_format=torch.contiguous_format)
 
 
 def _pack(value: Any, tensors: Dict[str, torch.Tensor]) -> Any:
-    """The value with its tensors moved to ``tensors``, in a form that JSON keeps exactly."""
+    """The value with copies of its tensors in ``tensors``, in a form that JSON keeps exactly."""
     if isinstance(value, torch.Tensor):
         key = str(len(tensors))
-        tensors[key] = value.detach().clone(memory_format=torch.contiguous_format)
+        tensors[key] = _on_host(value)
         return {_TENSOR: key}
     if isinstance(value, torch.dtype):
         return {_DTYPE: str(value).split('.')[-1]}

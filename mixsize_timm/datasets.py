@@ -2,15 +2,17 @@
 import copy
 import logging
 import os
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import numpy as np
 import timm.data
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
+
+from .randomness import own_randomness
 
 _logger = logging.getLogger(__name__)
 
@@ -18,11 +20,28 @@ DIGITS = 'digits'
 _TRAIN_SPLITS = ('train', 'training')
 
 
+class BadImagesError(RuntimeError):
+    """Too many images cannot be read; the message is one line that says which and what to do.
+
+    Attributes:
+        images: Index of each -> its path and the reason.
+    """
+
+    def __init__(self, message: str, images: Optional[Dict[int, Tuple[str, str]]] = None) -> None:
+        super().__init__(message)
+        self.images = dict(images or {})
+
+
 class ReadableDataset(Dataset):
     """A map-style data set of images in which a file that cannot be read does not end the run.
 
-    The file is named in a warning, and the next image that can be read takes its place, with its own target. (timm's
-    ``ImageDataset`` does the same but does not name it; so its reader is read.)
+    Another image of its class takes its place, drawn by (key, index); where the class cannot be told without reading
+    images, or has no other image, the next image does, with its own target. The file is named in a warning. (timm's
+    ``ImageDataset`` takes the next image whatever its class and does not name the file; so its reader is read.)
+
+    Images are as timm has them, so their EXIF orientation is not applied and the first frame is taken of an animated
+    one; but 16-bit greyscale is scaled to 8 bits, where PIL's conversion would make it nearly all white. That is done
+    for timm's readers only: a data set of torchvision's converts its images itself.
 
     Args:
         dataset: Data set of PIL images and targets. It is not changed; its ``transform`` attribute is not used.
@@ -34,30 +53,55 @@ class ReadableDataset(Dataset):
         self.dataset.transform = None
         self.transform: Optional[Callable] = None
         self._is_timms = isinstance(dataset, timm.data.ImageDataset) and not dataset.load_bytes
+        self._reported: Set[int] = set()  # copies share it
+        self._classes: Optional[np.ndarray] = None  # int [N], empty where they cannot be told
 
     def __getitem__(self, index: int) -> Tuple[Any, Any]:
         """The image, transformed where a ``transform`` is set, and its target.
 
         Raises:
-            RuntimeError: Ten images in a row cannot be read.
+            BadImagesError: Ten images in a row cannot be read.
         """
-        for candidate in range(index, index + self.MAX_UNREADABLE):
-            candidate %= len(self)
+        image, target, bad_images = self.read(index)
+        for bad, (name, reason) in bad_images.items():
+            self.report(bad, name, reason)
+        return (image if self.transform is None else self.transform(image)), target
+
+    def read(self, index: int, *key: int) -> Tuple[Any, Any, Dict[int, Tuple[str, str]]]:
+        """An image, or what takes its place, not transformed; nothing is logged.
+
+        Args:
+            index: The image.
+            *key: What the choice of another image depends on beside it, such as seed and epoch; not negative.
+
+        Returns:
+            The image, its target, and the images that cannot be read: index -> path, reason.
+
+        Raises:
+            BadImagesError: Ten images in a row cannot be read.
+        """
+        bad_images: Dict[int, Tuple[str, str]] = {}
+        for candidate in self._candidates(index, key):
             try:
-                sample = self._decode(candidate)
+                image, target = self._decode(candidate)
                 break
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's, for broken files
-                _logger.warning('Cannot read image %s, the next one takes its place: %s', self._name(candidate), error)
+            except Exception as error:  # PIL raises errors of every kind for broken files
+                bad_images[candidate] = self.name(candidate), _reason(error)
         else:
-            raise RuntimeError(
-                f'{self.MAX_UNREADABLE} images in a row cannot be read, the last one {self._name(candidate)}')
-        image, target = sample
-        target_transform = getattr(self.dataset, 'target_transform', None) if self._is_timms else None
+            name, reason = bad_images[candidate]
+            raise BadImagesError(
+                f'{self.MAX_UNREADABLE} images in a row cannot be read, the last one {name}: {reason}', bad_images)
         if self._is_timms and target is None:
             target = -1  # as timm has it
-        elif target_transform is not None:
-            target = target_transform(target)
-        return (image if self.transform is None else self.transform(image)), target
+        elif self._is_timms and self.dataset.target_transform is not None:
+            target = self.dataset.target_transform(target)
+        return image, target, bad_images
+
+    def report(self, index: int, name: str, reason: str) -> None:
+        """Warn of an image that cannot be read, once in this process."""
+        if index not in self._reported:
+            self._reported.add(index)
+            _logger.warning('Cannot read image %s, another one takes its place: %s', name, reason)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -67,22 +111,75 @@ class ReadableDataset(Dataset):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
-    def _name(self, index: int) -> str:
+    def name(self, index: int) -> str:
         """Path of an image where the data set knows it, else its number."""
         try:
-            name = self.dataset.filename(index, absolute=True)
-        except (AttributeError, TypeError):
+            name = (self.dataset.filename(index, absolute=True) if self._is_timms
+                    else self.dataset.samples[index][0])  # as torchvision's folders have it
+        except Exception:  # not every data set has names, and a broken one may not give them
             name = None
-        return f'number {index}' if name is None else str(name)
+        return name if isinstance(name, str) else f'number {index}'
+
+    def _candidates(self, index: int, key: Tuple[int, ...]) -> Iterator[int]:
+        """The image, others of its class in an order drawn by the key, then those that follow it: ten in all."""
+        yield index
+        others = np.zeros(0, int)
+        classes = self._known_classes()
+        if len(classes):
+            others = np.flatnonzero(classes == classes[index])
+            others = others[others != index]
+            count = min(len(others), self.MAX_UNREADABLE - 1)
+            others = np.random.default_rng((*key, index)).choice(others, count, replace=False)
+        yield from others.tolist()
+        for step in range(1, self.MAX_UNREADABLE - len(others)):
+            yield (index + step) % len(self)
+
+    def _known_classes(self) -> np.ndarray:
+        if self._classes is None:
+            try:
+                classes = _classes_of(self.dataset)
+            except Exception:  # no more than a guess how the data set keeps them
+                classes = np.zeros(0, np.int32)
+            told = classes.shape == (len(self),) and classes.dtype.kind in 'iu'
+            self._classes = classes.astype(np.int32) if told else np.zeros(0, np.int32)
+        return self._classes
 
     def _decode(self, index: int) -> Tuple[Any, Any]:
         dataset = self.dataset
         if not self._is_timms:
             return dataset[index]
         file, target, *_ = dataset.reader[index]
-        with Image.open(file) as image:
-            decoded = image.convert(dataset.input_img_mode) if dataset.input_img_mode else image.copy()
+        with file, Image.open(file) as image:
+            mode = dataset.input_img_mode
+            decoded = _of_8_bits(image).convert(mode) if mode and mode[0] not in 'IF' else image.convert(mode or None)
         return decoded, target
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its text is the representation of a file object
+        return 'not an image that PIL knows'
+    return ' '.join(str(error).split()) or type(error).__name__
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit greyscale scaled to 8 bits; other images as they are."""
+    if image.mode != 'I' and not image.mode.startswith('I;16'):
+        return image
+    values = np.asarray(image).clip(0, 65535).astype(np.uint32)
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _classes_of(dataset: Any) -> np.ndarray:
+    """Class of each image without reading images, where the data set keeps it in one of the ways known here."""
+    reader: Any = getattr(dataset, 'reader', None)
+    if isinstance(getattr(reader, 'label_key', None), str):  # timm's of a Hugging Face data set
+        column = reader.dataset.select_columns([reader.label_key]).with_format('numpy')
+        return np.asarray(column[:][reader.label_key])
+    source = dataset if reader is None else reader
+    for name in ('targets', 'labels'):
+        if getattr(source, name, None) is not None:
+            return np.asarray(getattr(source, name))
+    return np.fromiter((target for _, target in source.samples), np.int32, len(dataset))
 
 
 class DigitsDataset(Dataset):
@@ -100,8 +197,9 @@ class DigitsDataset(Dataset):
     NUM_VALIDATION = 360
 
     def __init__(self, split: str = 'train', input_img_mode: str = 'RGB') -> None:
-        from sklearn.datasets import load_digits  # slow to import, and needed here only
-        from sklearn.model_selection import train_test_split
+        with own_randomness():  # scikit-learn draws from Python's generator when it is imported
+            from sklearn.datasets import load_digits  # slow to import, and needed here only
+            from sklearn.model_selection import train_test_split
 
         digits = load_digits()
         parts = train_test_split(

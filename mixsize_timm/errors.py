@@ -11,9 +11,25 @@ from yaml import YAMLError
 
 from .tokens import mask
 
+USAGE = 2  # exit codes: something that the user can mend
+STOPPED = 75  # asked to stop by a signal or the end of the launcher; EX_TEMPFAIL of sysexits.h: try again
+INTERRUPTED = 130  # Ctrl-C
+
 
 class UsageError(ValueError):
     """Something the user asked for cannot be done; the message is one line that says what to do."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop, and can go on: by a signal, such as a scheduler sends, or by Ctrl-C.
+
+    Args:
+        reason: What asked it, such as ``SIGTERM``.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.code = INTERRUPTED if reason == 'SIGINT' else STOPPED
 
 
 @contextmanager
@@ -44,11 +60,12 @@ def run_command(name: str, run: Callable[[], None], stopped: Callable[[], str], 
     Args:
         name: The command.
         run: Its work.
-        stopped: Says what Ctrl-C leaves.
+        stopped: Says what Ctrl-C or a signal leaves.
         level: From which level on the log is shown.
 
     Returns:
-        The exit code: 0, 2 for what the user can mend, 130 after Ctrl-C.
+        The exit code: 0, :data:`USAGE` for what the user can mend, :data:`STOPPED` after a signal that asks to stop,
+        :data:`INTERRUPTED` after Ctrl-C.
     """
     first = os.environ.get('LOCAL_RANK', '0') == '0'
     if not logging.root.handlers:  # a caller's own logging is left alone
@@ -58,9 +75,13 @@ def run_command(name: str, run: Callable[[], None], stopped: Callable[[], str], 
     except UsageError as error:
         if first:
             print(f'{name}: error: {mask(str(error))}', file=sys.stderr)
-        return 2
+        return USAGE
+    except Stopped as error:
+        if first:
+            print(f'\n{name}: stopped by {error}; {stopped()}', file=sys.stderr)
+        return error.code
     except KeyboardInterrupt:
         if first:
             print(f'\n{name}: stopped; {stopped()}', file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0

@@ -212,7 +212,7 @@ class Evaluation:
         calibrated: Any = self.args.calibrate if calibrated_layers(model) else 0
         if self._counted and calibrated:
             calibrated = data.num_calibration_batches(calibrated)
-        cost = read_state(found.folder, 'cost') if found.folder else None
+        cost = read_state(found.folder, 'progress') if found.folder else None
         pretrained_cfg: Any = model.pretrained_cfg
         return {
             'name': name, 'checkpoint': found.name,

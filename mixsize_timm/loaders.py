@@ -17,7 +17,7 @@ from timm.data import (
 )
 from timm.data.target_transforms import MultiLabelTarget
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from .args import make_regime, mixing, model_dtype
 from .calibration import calibrate
@@ -28,6 +28,7 @@ from .regime import Regime
 from .regularization import SizeRegularization
 from .sampler import EpochPlan, describe_plan
 from .sizes import SizeProbe, fit_sizes
+from .workers import WorkerInit
 
 _logger = logging.getLogger(__name__)
 
@@ -137,8 +138,8 @@ class EvaluationData:
             return islice(loader, None if num_batches is None else -(-num_batches // processes))
         return self._loader(
             self.train, size, self.args.batch_size, create=create_calibration_loader, num_batches=num_batches,
-            seed=self.args.seed, rank=self.accelerator.process_index, world_size=processes, distributed=False,
-            persistent_workers=False, **augmentation)
+            worker_timeout=self.args.worker_timeout, seed=self.args.seed, rank=self.accelerator.process_index,
+            world_size=processes, distributed=False, persistent_workers=False, **augmentation)
 
     def shape(self, size: int) -> Tuple[int, int, int]:
         """Channels, height and width of an image of a size; only at the base size it may be oblong."""
@@ -181,9 +182,14 @@ class EvaluationData:
             img_dtype=model_dtype(args) or torch.float32, distributed=self.accelerator.num_processes > 1)
         shared.update(kwargs)
         if args.naflex_loader:
-            return create_naflex_loader(copy.copy(dataset), channels=self.channels,
-                                        patchify_channels_last=not args.naflex_patchify_channels_first, **shared)
-        return (create or create_loader)(copy.copy(dataset), self.shape(size), **shared)
+            loader = create_naflex_loader(copy.copy(dataset), channels=self.channels,
+                                          patchify_channels_last=not args.naflex_patchify_channels_first, **shared)
+        else:
+            loader = (create or create_loader)(copy.copy(dataset), self.shape(size), **shared)
+        innermost: Any = getattr(loader, 'loader', loader)
+        if type(getattr(innermost, 'worker_init_fn', None)) is not WorkerInit and isinstance(innermost, DataLoader):
+            innermost.worker_init_fn = WorkerInit(innermost.worker_init_fn)
+        return loader
 
     def _augmentation(self) -> Dict[str, Any]:
         args = self.args
@@ -204,13 +210,17 @@ class Data(EvaluationData):
         args: The arguments.
         model: Tells the number of classes and the preprocessing.
         accelerator: Owns devices and processes.
+        plan_world_size: Processes that a resumed run's batches are rounded for, where it had others.
     """
 
-    def __init__(self, args: argparse.Namespace, model: Any, accelerator: Accelerator) -> None:
+    def __init__(self, args: argparse.Namespace, model: Any, accelerator: Accelerator,
+                 plan_world_size: Optional[int] = None) -> None:
         super().__init__(args, model, accelerator)
         self._validation_loaders: Dict[int, Any] = {}
         self.patch_size: Any = None
         self.regime = fit_regime(args, model, self.config['input_size'])
+        # processes that the batches are for: the global batch is so many times --batch-size
+        self.plan_world_size = (plan_world_size if self.regime else None) or accelerator.num_processes
         if args.naflex_loader:
             if not hasattr(model, 'get_patch_size'):
                 raise UsageError(f'--naflex-loader needs a NaFlex model such as naflexvit_base_patch16_gap, and '
@@ -250,15 +260,15 @@ class Data(EvaluationData):
         """Whether a lower metric is better: one of loss, which it is too where nothing is validated."""
         return self.validation is None or self.args.eval_metric == 'loss'
 
-    def start_epoch(self, epoch: int) -> EpochPlan:
-        """Turn the training loader to an epoch, and give its plan."""
+    def start_epoch(self, epoch: int, first_step: int = 0) -> EpochPlan:
+        """Turn the training loader to an epoch, and to a step of it if the loader is ours; give its plan."""
         args = self.args
         if self.mixup_fn is not None and args.mixup_off_epoch:
             self.mixup_fn.mixup_enabled = epoch < args.mixup_off_epoch
         if mixing(args) and args.mixup_off_epoch and not args.no_prefetcher:  # timm's prefetcher or ours
             self.loader.mixup_enabled = epoch < args.mixup_off_epoch
         if isinstance(self.loader, MixSizeLoader):
-            self.loader.set_epoch(epoch)
+            self.loader.set_epoch(epoch, first_step)
             return self.loader.batch_sampler.plan
         for part in ('dataset', 'batch_sampler', 'sampler'):  # timm's, of whichever kind
             set_epoch: Any = getattr(getattr(self.loader, part, None), 'set_epoch', None)
@@ -290,7 +300,7 @@ class Data(EvaluationData):
         names = class_names(self.train)
         _logger.info('%d training and %d validation images%s, base size %s px, base batch %d, %d steps an epoch',
                      len(self.train), len(self.validation or ()), f' of {len(names)} classes' if names else '',
-                     self.base_size, self.args.batch_size * self.accelerator.num_processes, self.num_steps)
+                     self.base_size, self.args.batch_size * self.plan_world_size, self.num_steps)
         if self.args.train_img_sizes:
             _logger.info("timm's scheduled sizes %s px, batches %s a process", self.args.train_img_sizes,
                          self.loader.batch_sampler.batch_sizes)
@@ -300,7 +310,7 @@ class Data(EvaluationData):
             _logger.warning('The model has %d classes: --num-classes %d would do', self.args.num_classes, len(names))
         if self.regime is None:
             return
-        regime, processes = self.regime, self.accelerator.num_processes
+        regime, processes = self.regime, self.plan_world_size
         table, warnings = describe_plan(regime, len(self.train), processes, self.args.mixsize_drop)
         _logger.info('MixSize %s, base duplicates %d\n%s', regime.adapt, regime.duplicates, table)
         if regime.batch_multiple > 1:
@@ -349,7 +359,8 @@ class Data(EvaluationData):
         args = self.args
         if self.regime is not None:
             return dict(regime=self.regime, seed=args.seed, grad_accum_steps=args.grad_accum_steps,
-                        drop=args.mixsize_drop, size_reg=args.mixsize_reg)
+                        drop=args.mixsize_drop, size_reg=args.mixsize_reg, plan_world_size=self.plan_world_size,
+                        max_bad_images=args.max_bad_images, worker_timeout=args.worker_timeout)
         repeats = dict(num_aug_repeats=args.aug_repeats, num_aug_splits=args.aug_splits)
         if args.naflex_loader:
             patches = (dict(patch_size_choices=args.naflex_patch_sizes,

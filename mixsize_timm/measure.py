@@ -116,14 +116,14 @@ def training_cost(model: nn.Module, cost: Optional[Dict[str, Any]], in_chans: in
 
     Args:
         model: The model.
-        cost: ``samples``, lists of height, width and the number of images trained at it; ``steps`` and ``seconds``.
+        cost: A :class:`~mixsize_timm.engine.Progress` as a checkpoint keeps it.
         in_chans: Channels of the images.
 
     Returns:
         ``steps``, ``seconds``, ``images`` with duplicates, ``megapixels``, and ``gmacs``: billions of
         multiply-accumulates, three times those of the forward pass for each image. ``None`` where nothing was counted.
     """
-    if not cost or not cost['samples']:
+    if not cost or not cost['counted'] or not cost['samples']:
         return None
     samples = [(height, width, number) for height, width, number in cost['samples']]
     return {

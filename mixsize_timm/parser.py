@@ -99,6 +99,12 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
                        help='form of multi-label targets: class indices or a vector of 0 and 1 (default: indices)')
     group.add_argument('--dataset-trust-remote-code', action='store_true', default=False,
                        help='let a Hugging Face data set run code from its repository')
+    group.add_argument('--max-bad-images', type=float, default=0.01, metavar='X',
+                       help='stop when more than this part of the training images cannot be read, 0 to 1; others of '
+                            'their class take their place (default: 0.01)')
+    group.add_argument('--worker-timeout', type=float, default=45., metavar='S',
+                       help='stop when a data worker that is waited for is at one image for so many seconds; 0 for '
+                            'never (default: 45)')
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -114,8 +120,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
                        help='entries of the model\'s pretrained configuration to replace')
     group.add_argument('--initial-checkpoint', default='', metavar='PATH', help='start from the weights in this file')
     group.add_argument('--resume', default='', metavar='RUN',
-                       help='continue a run with the arguments it was started with: its folder, or one checkpoint in '
-                            'it; "auto" for --experiment\'s own folder, new or begun; or a timm checkpoint file')
+                       help='continue a run with the arguments it was started with, from its newest checkpoint that is '
+                            'whole: its folder, or one checkpoint in it; "auto" for --experiment\'s own folder, new '
+                            'or begun; or a timm checkpoint file')
     group.add_argument('--no-resume-opt', action='store_true', default=False,
                        help='resume the weights only, not the optimizer')
     group.add_argument('--num-classes', type=int, default=None, metavar='N',
@@ -138,6 +145,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--fuser', default='', metavar='NAME', help='fuser of --torchscript: te, old or nvfuser')
     group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N',
                        help='batches of one size that make an optimizer step (default: 1)')
+    group.add_argument('--micro-batch-size', default='', metavar='N',
+                       help='images of the base size, or as many pixels of other sizes, that a process takes at once: '
+                            'larger batches are trained in parts with the same gradient, but for batch norm; "auto" '
+                            'tries what fits into memory (default: whole batches)')
     group.add_argument('--grad-checkpointing', action='store_true', default=False,
                        help='recompute activations in the backward pass to save memory')
     group.add_argument('--fast-norm', action='store_true', default=False, help='timm\'s fast norm layers')
@@ -168,6 +179,10 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
                        help='precision of --amp (default: float16)')
     group.add_argument('--model-dtype', default=None, choices=('float32', 'float16', 'bfloat16'),
                        help='precision of the weights, without --amp (default: float32)')
+    group.add_argument('--no-tf32', action='store_true', default=False,
+                       help='multiply and convolve float32 exactly on NVIDIA GPUs, not with the short mantissa of TF32')
+    group.add_argument('--deterministic', action='store_true', default=False,
+                       help='use deterministic algorithms only, so that two runs on one machine are bit-equal; slower')
     group.add_argument('--no-ddp-bb', action='store_true', default=False,
                        help='do not broadcast buffers between processes in the forward pass')
     group.add_argument('--synchronize-step', action='store_true', default=False,
@@ -376,8 +391,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
                        help='keep the checkpoints after these many epochs as milestone-N')
     group.add_argument('--checkpoint-hist', type=int, default=10, metavar='N',
                        help='checkpoints of the best epochs to keep (default: 10)')
+    group.add_argument('--checkpoint-interval', default='30m', metavar='N',
+                       help='steps, or with an "m" minutes, between checkpoints inside an epoch; 0 for none '
+                            '(default: 30m)')
     group.add_argument('--recovery-interval', type=int, default=0, metavar='N',
-                       help='steps between recovery checkpoints inside an epoch (default: 0, none)')
+                       help='the same in steps, as timm has it')
+    group.add_argument('--max-nonfinite', type=int, default=10, metavar='N',
+                       help='stop when the loss was not finite for so many steps in a row; 0 for never (default: 10)')
     group.add_argument('--save-images', action='store_true', default=False,
                        help='save the batch of each log line as an image in the run\'s folder')
     group.add_argument('-j', '--workers', type=int, default=4, metavar='N',

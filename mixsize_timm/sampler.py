@@ -41,6 +41,7 @@ class EpochPlan:
         order: Permutation of the data set's indices, or ``None`` where a loader of timm's chooses the images.
         num_images: Images in the data set.
         epoch: Epoch the plan is for.
+        multiple: A process's share of a batch is a multiple of it.
     """
     size: np.ndarray
     batch: np.ndarray
@@ -50,6 +51,7 @@ class EpochPlan:
     order: Optional[np.ndarray]
     num_images: int
     epoch: int = 0
+    multiple: int = 1
 
     def __len__(self) -> int:
         return len(self.size)
@@ -64,19 +66,28 @@ class EpochPlan:
         """Images of the data set that the epoch does not use."""
         return self.num_images - int(self.batch.sum())
 
-    def groups(self, rank: int = 0, world_size: int = 1) -> Iterator[Group]:
-        """The groups with the images of one rank; by default with those of all."""
+    def groups(self, rank: int = 0, world_size: int = 1, first_step: int = 0) -> Iterator[Group]:
+        """The groups with the images of one rank, by default with those of all, from a step on.
+
+        Shares are equal where a batch is a multiple of the world size that it was rounded for. Where the plan is of
+        another one they are as equal as can be, and a group's weight makes up for it.
+        """
         work = self.batch * self.duplicates
         weights = work / np.bincount(self.step, weights=work)[self.step] if len(self) else work
         ends = np.append(self.step[1:] != self.step[:-1], True)
-        for i in range(len(self)):
-            images = None
+        for i in range(self.first_group(first_step), len(self)):
+            images, weight = None, float(weights[i])
             if self.order is not None:
-                share = int(self.batch[i]) // world_size
-                first = int(self.start[i]) + rank * share
-                images = self.order[first:first + share]
+                units = int(self.batch[i]) // self.multiple
+                first, last = (self.multiple * (n * units // world_size) for n in (rank, rank + 1))
+                images = self.order[int(self.start[i]) + first:int(self.start[i]) + last]
+                weight *= len(images) * world_size / int(self.batch[i])
             yield Group(int(self.size[i]), int(self.batch[i]), int(self.duplicates[i]), int(self.step[i]),
-                        float(weights[i]), bool(ends[i]), self.epoch, images)
+                        weight, bool(ends[i]), self.epoch, images)
+
+    def first_group(self, step: int) -> int:
+        """Number of the first group of a step."""
+        return int(np.searchsorted(self.step, step))
 
     @classmethod
     def of_loader(cls, num_batches: int, size: int, batch: int, grad_accum_steps: int = 1, epoch: int = 0):
@@ -188,7 +199,7 @@ def plan_epoch(
         duplicates=np.repeat([regime.group(s)[1] for s, _ in shuffled], lengths),
         step=np.repeat(np.arange(len(shuffled)), lengths),
         start=np.cumsum(batch) - batch,
-        order=order, num_images=num_images, epoch=epoch)
+        order=order, num_images=num_images, epoch=epoch, multiple=regime.batch_multiple)
 
 
 class MixSizeBatchSampler(Sampler[Group]):
@@ -204,9 +215,11 @@ class MixSizeBatchSampler(Sampler[Group]):
         world_size: Number of processes.
         grad_accum_steps: Groups of one size that make an optimizer step.
         drop: See :func:`size_batches`.
+        plan_world_size: Number of processes that the batches are rounded for, where it is another one: the plan of a
+            run goes on when its number of processes changes.
 
     Raises:
-        ValueError: No size gets a step.
+        ValueError: No size gets a step, or a batch has too few images for so many processes.
     """
 
     def __init__(
@@ -218,18 +231,22 @@ class MixSizeBatchSampler(Sampler[Group]):
             world_size: int = 1,
             grad_accum_steps: int = 1,
             drop: str = 'tail',
+            plan_world_size: Optional[int] = None,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f'rank {rank} is not one of {world_size} processes')
         self.regime = regime
         self.rank = rank
         self.world_size = world_size
-        self.epoch = 0
+        self.epoch = self.first_step = 0
         self.mixup_enabled = True
         self._arguments: Dict[str, Any] = dict(
-            regime=regime, num_images=num_images, seed=seed, world_size=world_size,
+            regime=regime, num_images=num_images, seed=seed, world_size=plan_world_size or world_size,
             grad_accum_steps=grad_accum_steps, drop=drop)
         self._plan = plan_epoch(**self._arguments)
+        smallest = int(self._plan.batch.min())
+        if smallest // regime.batch_multiple < world_size:
+            raise ValueError(f'{world_size} processes cannot share batches of {smallest} images: use fewer')
 
     @property
     def plan(self) -> EpochPlan:
@@ -238,16 +255,17 @@ class MixSizeBatchSampler(Sampler[Group]):
             self._plan = plan_epoch(**self._arguments, epoch=self.epoch)
         return self._plan
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration walks."""
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch that the next iteration walks, and the optimizer step that it starts with."""
         self.epoch = epoch
+        self.first_step = first_step
 
     def __iter__(self) -> Iterator[Group]:
-        for group in self.plan.groups(self.rank, self.world_size):
+        for group in self.plan.groups(self.rank, self.world_size, self.first_step):
             yield group._replace(mixup=self.mixup_enabled)
 
     def __len__(self) -> int:
-        return len(self._plan)  # every epoch's
+        return len(self.plan) - self.plan.first_group(self.first_step)
 
 
 class DealtBatchSampler(Sampler[Group]):
@@ -286,6 +304,7 @@ class DealtBatchSampler(Sampler[Group]):
         self.groups = [
             Group(size, batch=len(images), duplicates=1, step=0, weight=1., ends_step=True, epoch=0, images=images)
             for images in batches]
+        self.rank = rank
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)

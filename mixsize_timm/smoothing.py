@@ -3,6 +3,7 @@ from collections import defaultdict
 from typing import Dict, Iterable, List, NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 class GradientNorms(NamedTuple):
@@ -18,7 +19,8 @@ class GradientSmoother:
     ``n = momentum * n + (1 - momentum) * g`` and the gradient is multiplied by ``n / (g + 1e-6)``. A step whose norm
     is not finite changes neither the running norm nor the gradient. Call it after ``backward`` (under data
     parallelism the gradient is averaged then; under loss scaling, unscale first) and before clipping and
-    ``optimizer.step()``. Nothing in it waits for the device.
+    ``optimizer.step()``. Nothing in it waits for the device. Gradients that are sharded (``fully_shard``) are measured
+    over all processes, so that all of them must call it.
 
     Source: arXiv 1908.08986, and the authors' reference code.
 
@@ -45,14 +47,14 @@ class GradientSmoother:
     def __call__(self, parameters: Iterable[torch.Tensor]) -> GradientNorms:
         """Smooth the gradients of ``parameters`` in place; those without a gradient are passed over."""
         grads = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads).float()
+        norm = _whole(torch.nn.utils.get_total_norm(grads)).float()
         running = self.running_norm.to(norm.device)
         first = running.isnan()
         smoothed = torch.where(first, norm, self.momentum * running + (1 - self.momentum) * norm)
         finite = norm.isfinite()
         self.running_norm = torch.where(finite, smoothed, running)
         scale = torch.where(finite & ~first, smoothed / (norm + 1e-6), 1.0)
-        _scale(grads, scale)
+        _scale([_own(grad) for grad in grads], scale)
         return GradientNorms(norm, norm * scale)
 
     def state_dict(self) -> dict:
@@ -62,6 +64,16 @@ class GradientSmoother:
     def load_state_dict(self, state: dict) -> None:
         """Restore what :meth:`state_dict` gave."""
         self.running_norm = torch.tensor(float(state['running_norm']))
+
+
+def _whole(norm: torch.Tensor) -> torch.Tensor:
+    """A norm over all processes, where that of sharded gradients is a sum still to be made."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _own(grad: torch.Tensor) -> torch.Tensor:
+    """The part of a gradient that this process has, in the same memory."""
+    return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
 def _scale(grads: List[torch.Tensor], scale: torch.Tensor) -> None:

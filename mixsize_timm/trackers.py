@@ -1,24 +1,38 @@
 """What the trackers of a run are told: Weights & Biases and TensorBoard, through Accelerate."""
 import argparse
 import os
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 from accelerate import Accelerator
 
 
-def open_trackers(args: argparse.Namespace, accelerator: Accelerator, folder: str) -> None:
-    """Start the trackers that the arguments ask for, in a run's folder and with its arguments."""
+def open_trackers(args: argparse.Namespace, accelerator: Accelerator, folder: str, wandb_id: Optional[str] = None
+                  ) -> Optional[str]:
+    """Start the trackers that the arguments ask for, in a run's folder and with its arguments.
+
+    Args:
+        args: The arguments.
+        accelerator: Its trackers are started.
+        folder: The run's folder.
+        wandb_id: The run of Weights & Biases that goes on, where ``--wandb-resume-id`` names none.
+
+    Returns:
+        The run of Weights & Biases, on the process that has it.
+    """
     if not accelerator.log_with:
-        return
+        return None
     accelerator.project_configuration.logging_dir = folder
     wandb: Dict[str, Any] = dict(name=os.path.basename(folder), tags=args.wandb_tags)
     if args.wandb_resume_id:
         wandb.update(id=args.wandb_resume_id, resume='must')
+    elif wandb_id:
+        wandb.update(id=wandb_id, resume='allow')
     config = dict(vars(args))
     if args.log_tensorboard:  # it takes no lists
         config = {name: value if isinstance(value, (bool, int, float, str)) else str(value)
                   for name, value in config.items()}
     accelerator.init_trackers(args.wandb_project or 'mixsize-timm', config=config, init_kwargs={'wandb': wandb})
+    return next((tracker.run.id for tracker in accelerator.trackers if tracker.name == 'wandb'), wandb_id)
 
 
 def log_sizes(accelerator: Accelerator, results: List[Dict[str, float]], step: int) -> None:

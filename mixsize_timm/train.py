@@ -1,52 +1,56 @@
 """Train a timm model at mixed image sizes: ``accelerate launch -m mixsize_timm.train --model resnet50``."""
 import argparse
+import copy
 import glob
 import json
 import logging
 import math
 import os
-import pickle
 import sys
-import time
-from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import yaml
-from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from timm.models import safe_model_name
-from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import distribute_bn, random_seed, unwrap_model
 from timm.utils.summary import trim_summary, update_summary
 from torch import nn
 
-from .args import ARGS_FILE, model_dtype, output_folder, parse_args
+from .args import ARGS_FILE, mixing, model_dtype, output_folder, parse_args
 from .bn_stats import BN_STATS_FILE, BatchNormStats, fingerprint
 from .build import create_accelerator, create_batch_scale, create_schedule, create_task, scale_lr
 from .calibration import calibrated_layers, warn_of_unserved
 from .checkpoint import (
     LAST,
     RECOVERY,
-    CheckpointHistory,
-    copy_checkpoint,
-    load_checkpoint,
+    SaveError,
+    checkpoints_of,
     newest_checkpoint,
-    random_state,
+    position_of,
+    read_state,
     run_folder,
-    save_checkpoint,
-    set_random_state,
+    take_snapshot,
 )
+from .data import MixSizeLoader
 from .datasets import class_names
-from .engine import train_one_epoch, validate
-from .errors import UsageError, refusing, run_command
+from .engine import NonFiniteLoss, Progress, StepMeter, train_one_epoch, validate
+from .errors import Stopped, UsageError, run_command
+from .failures import explaining
 from .loaders import Data
 from .measure import describe_weights, measure_sizes, training_cost
+from .memory import fit_micro_batches, scaled_by_area
 from .models import create_model
-from .provenance import RUN_FILE, command_line, environment, read_run
+from .processes import shards
+from .provenance import RUN_FILE, command_line, environment
 from .regularization import SizeRegularization
 from .report import METRIC_NAMES, SIZES_FILE, format_table, make_curves, write_sizes
+from .resume import restore, restore_timms, set_aside_torn, share_bad_images, training_state
+from .saver import CheckpointHistory, CheckpointInterval, CheckpointSaver
+from .sharding import full_model_state, load_whole
+from .signals import StopRequest
 from .smoothing import GradientSmoother
 from .trackers import log_sizes, open_trackers
 
@@ -56,7 +60,7 @@ SUMMARY_FILE = 'summary.csv'
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run the command; the exit code is 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Run the command; the exit code is 0, or as :func:`~mixsize_timm.errors.run_command` has it."""
     started: List[Training] = []
 
     def run() -> None:
@@ -64,7 +68,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         started[0].run()
 
     def stopped() -> str:
-        return f'--resume {started[0].folder if started else "FOLDER"} continues after the last finished epoch'
+        return started[0].where_to_go_on() if started else 'nothing was trained'
 
     return run_command('mixsize_timm.train', run, stopped)
 
@@ -84,9 +88,10 @@ class Training:
         self.accelerator = create_accelerator(args)
         random_seed(args.seed, self.accelerator.process_index)
         model = create_model(args)
-        self.data = Data(args, model, self.accelerator)
+        self.data = Data(args, model, self.accelerator, read_state(newest_checkpoint(args.resume), 'world_size'))
         self.data.describe()
-        args.lr = scale_lr(args, self.data, self.accelerator.num_processes)
+        args.lr = scale_lr(args, self.data)
+        self._copy = copy.deepcopy(model) if shards(self.accelerator) else None
         self.task, self.optimizer = create_task(args, model, self.accelerator, self.data)
         self.smoother = GradientSmoother(args.grad_smoothing_momentum) if args.grad_smoothing else None
         self.regularization = None
@@ -97,19 +102,25 @@ class Training:
         self.stop_epoch = args.stop_epoch or self.num_epochs
         if self.stop_epoch > self.num_epochs:
             raise UsageError(f'--stop-epoch {self.stop_epoch} is behind the last of {self.num_epochs} epochs')
-        self.start_epoch = 0
+        self.progress = Progress()
         self.best: Optional[float] = None
-        # of the finished epochs; unknown where it was not counted from the start
-        self.cost: Optional[Dict[str, Any]] = {'samples': Counter(), 'steps': 0, 'seconds': 0.}
         self.starts: List[Dict[str, Any]] = []
+        self.wandb_id: Optional[str] = None
+        self.resumed_from = ''
         self.folder = self._choose_folder()
         self.history = CheckpointHistory(self.folder, args.checkpoint_hist)
-        if args.resume:
-            self._load(args.resume)
+        if os.path.isdir(args.resume):
+            restore(self, args.resume)
+        elif args.resume:
+            restore_timms(self, args.resume)
         if args.start_epoch is not None:
-            self.start_epoch = args.start_epoch
-        if self.start_epoch:
-            self._set_schedule(self.start_epoch)
+            self.progress.start_epoch(args.start_epoch)
+        if self.progress.epoch or self.progress.step:
+            self._set_schedule()
+        self.micro_batch_size = self._choose_micro_batches()
+        self.interval = CheckpointInterval(args.checkpoint_interval)
+        self.saver = CheckpointSaver(self.folder, self.history, args.save_epochs)
+        self.stop = StopRequest(self.accelerator)
 
     @property
     def model(self) -> nn.Module:
@@ -122,45 +133,65 @@ class Training:
         return unwrap_model(self.task.get_eval_model(ema=True)) if self.task.has_ema() else None
 
     @property
-    def _metric(self) -> str:
+    def whole_model(self) -> nn.Module:
+        """The model; of one that is sharded a whole copy, which all processes must ask for."""
+        return self.model if self._copy is None else load_whole(self._copy.to(self.accelerator.device), self.model)
+
+    @property
+    def metric(self) -> str:
         """What ``best`` is chosen by."""
         return self.args.eval_metric if self.data.validation is not None else 'train_loss'
 
     def run(self) -> None:
         """Train, validate and save every epoch, then report the accuracy at each size."""
         self._open_folder()
-        for epoch in range(self.start_epoch, self.stop_epoch):
-            train_metrics = self._train(epoch)
-            finished = epoch + 1
-            if finished % self.args.val_interval and finished not in (*self.args.save_epochs, self.stop_epoch):
-                self._step_schedule(finished)
-            else:
-                self._finish_epoch(epoch, train_metrics)
-        self._report_sizes()
+        with self.stop:
+            try:
+                with explaining(self.args, self.data.loader, self.where_to_go_on):
+                    self._train_epochs()
+            finally:
+                self._list_bad_images()
+                self._close_saver(finished=self.progress.epoch >= self.stop_epoch)
+            self.stop.stop_at_once()
+            try:
+                self._report_sizes()
+            except (OSError, SafetensorError) as error:
+                raise UsageError(f'cannot write the accuracies to {self.folder}: {error}; all epochs are saved, and '
+                                 f'--resume {self.folder} measures again') from error
         self.accelerator.end_training()
+
+    def _train_epochs(self) -> None:
+        progress = self.progress
+        for epoch in range(progress.epoch, self.stop_epoch):
+            try:
+                train_metrics = self._train(epoch)
+                finished = epoch + 1
+                if finished % self.args.val_interval and finished not in (*self.args.save_epochs, self.stop_epoch):
+                    self._step_schedule(finished)
+                    progress.start_epoch(finished)
+                else:
+                    self._finish_epoch(epoch, train_metrics)
+            except Stopped:
+                self._save_inside()
+                raise
+        if progress.nonfinite:
+            raise NonFiniteLoss(f'the loss is not finite since {progress.nonfinite_since}')
 
     def _train(self, epoch: int) -> Dict[str, float]:
         args, accelerator = self.args, self.accelerator
-
-        def recover(step: int) -> None:
-            if args.recovery_interval and step % args.recovery_interval == 0:
-                self._save(RECOVERY, self._state(epoch))  # the epoch is trained again
-
-        plan = self.data.start_epoch(epoch)
-        start, samples = time.perf_counter(), Counter[Tuple[int, ...]]()
+        plan = self.data.start_epoch(epoch, self.progress.step)
         with _compile_limit() if args.torchcompile else nullcontext():
             metrics = train_one_epoch(
-                epoch, self.task, self.data.loader, plan, self.optimizer, accelerator, smoother=self.smoother,
+                self.progress, self.task, self.data.loader, plan, self.optimizer, accelerator, smoother=self.smoother,
                 lr_scheduler=self.lr_scheduler, mixup_fn=self.data.mixup_fn,
+                mixup_seed=args.seed if self.data.regime is not None else None,
                 set_size=self.regularization.set_size if self.regularization else None,
-                batch_scale=create_batch_scale(args, self.data, accelerator), clip_grad=args.clip_grad,
+                batch_scale=create_batch_scale(args, self.data, accelerator),
+                micro_batch_size=self.micro_batch_size, clip_grad=args.clip_grad,
                 clip_mode=args.clip_mode, channels_last=args.channels_last, model_dtype=model_dtype(args),
                 synchronize_step=args.synchronize_step, log_interval=args.log_interval,
-                save_images=self.folder if args.save_images else '', on_step=recover, samples=samples)
-        if self.cost is not None:
-            self.cost['samples'] += samples
-            self.cost['steps'] += plan.num_steps
-            self.cost['seconds'] += time.perf_counter() - start
+                max_nonfinite=args.max_nonfinite, save_images=self.folder if args.save_images else '',
+                on_step=self._after_step)
         if self.regularization:
             self.regularization.set_size(self.data.base_size)
         if args.torchcompile:
@@ -170,31 +201,97 @@ class Training:
                 distribute_bn(model, accelerator.num_processes, args.dist_bn == 'reduce')
         return metrics
 
+    def _after_step(self, meter: StepMeter) -> None:
+        """Save where it is time to, and stop where it is asked for."""
+        step = self.progress.epoch * self.data.num_steps + self.progress.step
+        reason, late = self.stop.agreed(self.interval.minutes_over())
+        if late or self.interval.step_is_due(step) or reason:
+            meter.read()
+        if reason:
+            raise Stopped(reason)
+        if late or self.interval.step_is_due(step):
+            self._save_inside()
+
+    def _save_inside(self) -> None:
+        """Save a checkpoint from inside an epoch. Called by every process."""
+        self.interval.restart()
+        if self.progress.nonfinite:
+            _logger.warning('No checkpoint is saved: the loss is not finite since %s', self.progress.nonfinite_since)
+            return
+        state, weights = training_state(self), full_model_state(self.model)
+        if self.accelerator.is_main_process:
+            position = self.progress.epoch, self.progress.step
+            self.saver.save_recovery(take_snapshot(weights, state, self.ema, position))
+
+    def _close_saver(self, finished: bool) -> None:
+        try:
+            self.saver.close(finished)
+        except SaveError as error:
+            raise UsageError(f'{error}; {self.where_to_go_on()}') from error
+
+    def where_to_go_on(self) -> str:
+        """Says where the run can be continued from."""
+        self.saver.wait()
+        found = checkpoints_of(self.folder)
+        if not found:
+            return 'no checkpoint was saved'
+        epoch, step = position_of(found[0])
+        place = f'after epoch {epoch - 1}' if epoch and not step else f'after step {step} of epoch {epoch}'
+        return f'--resume {self.folder} continues {place}'
+
+    def _list_bad_images(self) -> None:
+        """Write the images that this process could not read into a file, of every process its own."""
+        bad_images: Dict[int, Tuple[str, str]] = getattr(self.data.loader, 'bad_images', {})
+        if bad_images and os.path.isdir(self.folder):
+            lines = [f'{name}\t{reason}\n' for name, reason in bad_images.values()]
+            with suppress(OSError):
+                _write_text(os.path.join(self.folder, f'bad-images-{self.accelerator.process_index}.txt'),
+                            ''.join(lines))
+
     def _finish_epoch(self, epoch: int, train_metrics: Dict[str, float]) -> None:
         """Validate, write the summary, step the schedule and save."""
         used, eval_metrics = self._validate(epoch)
+        train_metrics = {**train_metrics, **self._count_faults()}
         lr = sum(group['lr'] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
         if self.accelerator.is_main_process:
-            update_summary(epoch, train_metrics, eval_metrics, os.path.join(self.folder, SUMMARY_FILE), lr=lr)
+            self._summarize(epoch, train_metrics, eval_metrics, lr)
         self.accelerator.log({
             'epoch': epoch, 'lr': lr, **{f'train_{k}': v for k, v in train_metrics.items()},
             **{f'eval_{k}': v for k, v in eval_metrics.items()}}, step=(epoch + 1) * self.data.num_steps)
 
         metric = eval_metrics[self.args.eval_metric] if eval_metrics else train_metrics['loss']
+        self._step_schedule(epoch + 1, metric)
+        self.progress.start_epoch(epoch + 1)
+        if self.progress.nonfinite:
+            _logger.warning('Epoch %d is not saved: the loss is not finite since %s', epoch,
+                            self.progress.nonfinite_since)
+            return
         rank = float('-inf') if math.isnan(metric) else -metric if self.data.decreasing_metric else metric
         improved = self.best is None or rank > self.best
         self.best = rank if improved else self.best
         self.history.rank(epoch, rank)
-        self._step_schedule(epoch + 1, metric)
-        state = self._state(epoch + 1)
-        if improved and self.accelerator.is_main_process:  # first: the state that follows says that it is there
-            save_checkpoint(os.path.join(self.folder, 'best'), used['model'], ema=used.get('ema'))
-        self._save(LAST, state)
+        state, weights = training_state(self), full_model_state(self.model)
+        self.interval.restart()
         if self.accelerator.is_main_process:
-            self.history.keep(epoch)
-            if epoch + 1 in self.args.save_epochs:
-                copy_checkpoint(os.path.join(self.folder, LAST), os.path.join(self.folder, f'milestone-{epoch + 1}'))
-        self.accelerator.wait_for_everyone()
+            self.saver.save_epoch(
+                take_snapshot(weights, state, self.ema, (epoch + 1, 0)),
+                take_snapshot(used['model'], ema=used.get('ema'), position=(epoch + 1, 0)) if improved else None)
+
+    def _count_faults(self) -> Dict[str, int]:
+        """Images that could not be read by any process, and steps that overflowed, since the run began."""
+        counts: Dict[str, int] = {}
+        if isinstance(self.data.loader, MixSizeLoader):
+            counts['bad_images'] = len(share_bad_images(self.data.loader))
+        if self.accelerator.scaler is not None:
+            counts['skipped_steps'] = self.progress.skipped
+        return counts
+
+    def _summarize(self, epoch: int, train_metrics: Dict[str, float], eval_metrics: Dict[str, float], lr: float
+                   ) -> None:
+        try:
+            update_summary(epoch, train_metrics, eval_metrics, os.path.join(self.folder, SUMMARY_FILE), lr=lr)
+        except OSError as error:  # training goes on, as it does where a checkpoint cannot be written
+            _logger.error('Cannot write %s: %s', os.path.join(self.folder, SUMMARY_FILE), error.strerror)
 
     def _validate(self, epoch: int) -> Tuple[Dict[str, nn.Module], Dict[str, float]]:
         """The model and its moving average as they are used at the base size, and the metrics.
@@ -204,7 +301,7 @@ class Training:
         size, metrics = self.data.base_size, {}
         calibrating = self.data.regime and self.args.calibrate_val and calibrated_layers(self.model)
         used: Dict[str, nn.Module] = {}
-        for name, model in (('model', self.model), ('ema', self.ema)):
+        for name, model in (('model', self.whole_model), ('ema', self.ema)):
             if model is None:
                 continue
             used[name] = model
@@ -245,12 +342,13 @@ class Training:
         args, calibrated = self.args, bool(self.args.calibrate and calibrated_layers(self.model))
         if args.calibrate and not calibrated:
             warn_of_unserved(self.model)
+        used = self._used_model()
         if self.accelerator.is_main_process:
             checkpoint = {
                 'name': os.path.basename(self.folder), 'checkpoint': self.folder, 'model': args.model,
-                **describe_weights(self._used_model()),
+                **describe_weights(used),
                 'calibrated': self.data.num_calibration_batches(args.calibrate) if calibrated else 0,
-                'training': training_cost(self.model, self._cost_state(), self.data.channels),
+                'training': training_cost(used, self.progress.to_dict(), self.data.channels),
                 'data': self.data.to_dict(), 'regime': self.data.regime.to_dict() if self.data.regime else None,
                 'results': results}
             write_sizes(os.path.join(self.folder, SIZES_FILE),
@@ -276,34 +374,52 @@ class Training:
 
     def _used_model(self) -> nn.Module:
         """The moving average where it is validated, else the model."""
-        return self.ema if self.ema is not None and not self.args.model_ema_force_cpu else self.model
+        return self.ema if self.ema is not None and not self.args.model_ema_force_cpu else self.whole_model
 
     def _evaluate(self, model: nn.Module, size: int) -> Dict[str, float]:
         # torch's loaders draw from the global generator; only with --mixsize off shall training feel it, as timm's does
         with torch.random.fork_rng(devices=[], enabled=self.data.regime is not None):
             return validate(model, self.data.validation_loader(size), self.task, self.accelerator,
-                            self.args.channels_last, model_dtype(self.args), self.args.tta)
+                            self.args.channels_last, model_dtype(self.args), self.args.tta, self._before_batch)
+
+    def _before_batch(self) -> None:
+        """Stop inside a validation where it is asked for; only where all processes have as many batches."""
+        if self.accelerator.num_processes == 1 or self.data.num_images is not None:
+            reason, _ = self.stop.agreed()
+            if reason:
+                raise Stopped(reason)
 
     def _step_schedule(self, epoch: int, metric: Optional[float] = None) -> None:
         if self.lr_scheduler is not None:  # timm has none for --sched none
             self.lr_scheduler.step(epoch, metric)
 
-    def _set_schedule(self, epoch: int) -> None:
-        """Put the schedule where a run that starts at ``epoch`` finds it; a plateau's is its history."""
+    def _set_schedule(self) -> None:
+        """Put the schedule where a run that goes on from here finds it; a plateau's is its history."""
+        progress = self.progress
         if self.lr_scheduler is None or self.args.sched == 'plateau':
             return
         if self.args.sched_on_updates:
-            self.lr_scheduler.step_update(epoch * self.data.num_steps)
+            self.lr_scheduler.step_update(progress.epoch * self.data.num_steps + progress.step - progress.skipped)
         else:
-            self.lr_scheduler.step(epoch)
+            self.lr_scheduler.step(progress.epoch)
+
+    def _choose_micro_batches(self) -> Optional[Callable[[int], int]]:
+        args = self.args
+        if args.micro_batch_size != 'auto':
+            size = int(args.micro_batch_size or 0)
+            return scaled_by_area(size, self.data.base_size) if size else None
+        return fit_micro_batches(
+            self.task, self.data.start_epoch(0), self.accelerator, in_chans=self.data.channels,
+            soft_targets=mixing(args) or args.task == 'multilabel', num_classes=args.num_classes,
+            channels_last=args.channels_last, dtype=model_dtype(args)).__getitem__
 
     # The run's folder
 
     def _choose_folder(self) -> str:
         args = self.args
         run = run_folder(args.resume) if os.path.isdir(args.resume) else ''
-        in_place = run and os.path.basename(os.path.normpath(args.resume)) in (
-            os.path.basename(os.path.normpath(run)), LAST, RECOVERY)  # not an older checkpoint: later ones would go
+        newest = [run, *checkpoints_of(run)[:1]] if run else []  # not an older checkpoint: later ones would go
+        in_place = os.path.realpath(args.resume) in map(os.path.realpath, newest)
         if in_place and not (args.output or args.experiment):
             return run
         name = args.experiment or '-'.join(
@@ -311,9 +427,10 @@ class Training:
         folder = output_folder(args.output, name)
         if in_place and os.path.realpath(folder) == os.path.realpath(run):
             return folder
-        others = (LAST, LAST + '.old', RECOVERY, 'best', SIZES_FILE, SUMMARY_FILE, 'checkpoint-*', 'milestone-*',
+        others = (LAST, LAST + '.old', RECOVERY + '*', 'best', SIZES_FILE, SUMMARY_FILE, 'checkpoint-*', 'milestone-*',
                   '*.pth.tar')  # the last are of timm's script
-        if any(glob.glob(os.path.join(glob.escape(folder), other)) for other in others):
+        found = [path for other in others for path in glob.glob(os.path.join(glob.escape(folder), other))]
+        if any(not path.endswith('.new') for path in found):  # half written by one that was killed
             raise UsageError(f'{folder} already holds a run: choose another --experiment, or --resume {folder}')
         return folder
 
@@ -322,115 +439,35 @@ class Training:
         if self.accelerator.is_main_process:
             try:
                 os.makedirs(self.folder, exist_ok=True)
-                trim_summary(os.path.join(self.folder, SUMMARY_FILE), self.start_epoch)
+                if os.path.realpath(run_folder(self.resumed_from)) == os.path.realpath(self.folder):
+                    set_aside_torn(self)
+                trim_summary(os.path.join(self.folder, SUMMARY_FILE), self.progress.epoch)
                 _write_text(os.path.join(self.folder, ARGS_FILE), yaml.safe_dump(self.stated))
                 _write_text(os.path.join(self.folder, RUN_FILE), json.dumps(self._describe(), indent=2) + '\n')
             except OSError as error:
                 raise UsageError(f'cannot write to {self.folder}: {error.strerror}') from error
-        open_trackers(self.args, self.accelerator, self.folder)
-        if self.start_epoch >= self.stop_epoch:
+        self.wandb_id = open_trackers(self.args, self.accelerator, self.folder, self.wandb_id)
+        if self.progress.epoch >= self.stop_epoch:
             _logger.info('All %d epochs of this run are trained: raise --%s to train on', self.stop_epoch,
                          'stop-epoch' if self.args.stop_epoch else 'epochs')
             return
+        if self.resumed_from:
+            _logger.info('Going on from %s%s', self.resumed_from,
+                         f', after step {self.progress.step} of {self.data.num_steps}' if self.progress.step else '')
         _logger.info('Training %s for epochs %d to %d on %d %s of %s, results in %s', self.args.model,
-                     self.start_epoch, self.stop_epoch - 1, self.accelerator.num_processes,
+                     self.progress.epoch, self.stop_epoch - 1, self.accelerator.num_processes,
                      'process' if self.accelerator.num_processes == 1 else 'processes',
                      self.accelerator.device.type, self.folder)
 
     def _describe(self) -> Dict[str, Any]:
         """What the run's folder says of its starts and its data."""
         data = self.data
-        start = {'command': self.command, 'epoch': self.start_epoch, **environment(self.accelerator)}
+        start = {'command': self.command, 'epoch': self.progress.epoch, 'step': self.progress.step,
+                 **environment(self.accelerator)}
         return {'starts': [*self.starts, start], 'regime': data.regime.to_dict() if data.regime else None,
                 'data': {'train_images': len(data.train),
                          'validation_images': data.num_images if data.validation is not None else 0,
                          'class_names': class_names(data.train)}}
-
-    def _state(self, epoch: int) -> Dict[str, Any]:
-        """What a run that starts at ``epoch`` needs besides the model. Called by every process."""
-        scaler = self.accelerator.scaler
-        return {
-            'epoch': epoch,
-            'best': self.best,
-            'metric': self._metric,
-            'history': self.history.entries,
-            'opt': self.args.opt,
-            'optimizer': self.optimizer.state_dict(),
-            'task': [self.task.get_task_state(), self.task.get_task_state(ema=True)],
-            'smoother': self.smoother.state_dict() if self.smoother else None,
-            'scaler': scaler.state_dict() if scaler else None,
-            'plateau': self.lr_scheduler.lr_scheduler.state_dict() if self.args.sched == 'plateau' else None,
-            'random': gather_object([random_state()]),
-            'cost': self._cost_state(),
-        }
-
-    def _cost_state(self) -> Optional[Dict[str, Any]]:
-        if self.cost is None:
-            return None
-        return {**self.cost, 'samples': [[*size, number] for size, number in sorted(self.cost['samples'].items())]}
-
-    def _save(self, name: str, state: Dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            save_checkpoint(os.path.join(self.folder, name), self.model, state, self.ema)
-
-    def _load(self, path: str) -> None:
-        """Continue a run of ours, given its folder or a checkpoint in it, or one of timm's script, given its file."""
-        if os.path.isfile(path):
-            self._load_timms(path)
-            return
-        folder = newest_checkpoint(path)
-        try:
-            state = load_checkpoint(folder, self.model, self.ema)
-        except (OSError, ValueError) as error:
-            raise UsageError(str(error)) from error
-        for ema, task_state in zip((False, True), state.get('task', ())):
-            if task_state and (not ema or self.ema is not None):
-                self.task.load_task_state(task_state, ema=ema)
-        if not self.args.no_resume_opt:
-            self._load_optimizer(state, path)
-        if len(state['random']) == self.accelerator.num_processes:
-            set_random_state(state['random'][self.accelerator.process_index])
-        else:
-            _logger.warning('The run was saved by %d processes: random states start afresh', len(state['random']))
-        self.start_epoch = state['epoch']
-        with refusing():
-            self.starts = read_run(run_folder(path)).get('starts', [])
-        self.cost = state.get('cost')
-        if self.cost is not None:
-            self.cost['samples'] = Counter({
-                (height, width): number for height, width, number in self.cost['samples']})
-        in_place = os.path.realpath(self.folder) == os.path.realpath(run_folder(path))
-        if in_place and state.get('metric') == self._metric:  # else another folder's best, or of another scale
-            self.best = state['best']
-            self.history = CheckpointHistory(self.folder, self.args.checkpoint_hist, state['history'])
-
-    def _load_optimizer(self, state: Dict[str, Any], path: str) -> None:
-        if state['opt'] != self.args.opt:
-            raise UsageError(f'{path} was trained with --opt {state["opt"]}, not {self.args.opt}')
-        try:
-            self.optimizer.load_state_dict(state['optimizer'])
-        except (KeyError, ValueError) as error:
-            raise UsageError(f'{path} does not fit the optimizer: resume with the arguments it was started with'
-                             ) from error
-        if self.smoother and state['smoother']:
-            self.smoother.load_state_dict(state['smoother'])
-        if self.accelerator.scaler and state['scaler']:
-            self.accelerator.scaler.load_state_dict(state['scaler'])
-        if self.args.sched == 'plateau' and state['plateau']:
-            self.lr_scheduler.lr_scheduler.load_state_dict(state['plateau'])
-
-    def _load_timms(self, path: str) -> None:
-        """timm reads its own checkpoints, with torch's unpickler restricted to tensors and plain values."""
-        with refusing(f'cannot resume {path}'):
-            try:
-                epoch = resume_task_checkpoint(
-                    self.task, path, None if self.args.no_resume_opt else self.optimizer, log_info=False)
-                if self.ema is not None:
-                    load_task_ema_checkpoint(self.task, path)
-            except pickle.UnpicklingError as error:
-                raise ValueError(str(error)) from error
-        self.start_epoch = epoch or 0
-        self.cost = None
 
 
 @contextmanager

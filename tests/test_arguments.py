@@ -36,6 +36,7 @@ from mixsize_timm.data import MixSizeLoader
 from mixsize_timm.datasets import class_names
 from mixsize_timm.errors import UsageError
 from mixsize_timm.parser import build_parser
+from mixsize_timm.saver import CheckpointSaver
 from mixsize_timm.sizes import SizeProbe
 
 TINY = '--model test_resnet --img-size 32 -j 0 --output {tmp}/runs '
@@ -219,6 +220,8 @@ DATA = [
         TAGGED + '--target-key hot'),
     Row('dataset_trust_remote_code', '--dataset-trust-remote-code',
         lambda b: [call['trust_remote_code'] for call in b.calls['create_dataset']], [True, True]),
+    Row('max_bad_images', '--max-bad-images 0.5', lambda b: b.loader.max_bad_images, 0.5),
+    Row('worker_timeout', '--worker-timeout 7', lambda b: b.loader.worker_timeout, 7),
 ]
 
 MODEL = [
@@ -231,7 +234,7 @@ MODEL = [
         lambda b: b.model.conv1[0].weight.unique().tolist(), [0.25]),
     Row('initial_checkpoint', '--initial-checkpoint {tmp}/quarter.safetensors',
         lambda b: b.model.fc.weight.unique().tolist(), [0.25]),
-    Row('resume', '--resume {run}', lambda b: b.training.start_epoch, 1),
+    Row('resume', '--resume {run}', lambda b: b.training.progress.epoch, 1),
     Row('no_resume_opt', '--no-resume-opt', lambda b: len(b.training.optimizer.state), 0, '--resume {run}'),
     Row('num_classes', '--num-classes 5', lambda b: b.model.fc.out_features, 5),
     Row('gp', '--gp max', lambda b: b.model.global_pool.pool_type, 'max'),
@@ -256,6 +259,12 @@ MODEL = [
     Row('grad_accum_steps', '--grad-accum-steps 2', lambda b: (len(b.plan), b.plan.num_steps), (6, 3), OFF),
     Row('grad_accum_steps', '--grad-accum-steps 2', lambda b: (len(b.plan), b.plan.num_steps), (6, 3),
         '--mixsize-sizes 32'),
+    Row('micro_batch_size', '--micro-batch-size 2', lambda b: [b.loop['micro_batch_size'](size) for size in (16, 32)],
+        [8, 2]),
+    Row('micro_batch_size', '--micro-batch-size 2', lambda b: max(map(len, b.epoch.images)), 2, OFF),
+    Row('micro_batch_size', '--micro-batch-size auto --mixsize-sizes 32', lambda b: b.loop['micro_batch_size'](32), 4),
+    Row('checkpoint_interval', '--checkpoint-interval 5m', lambda b: b.training.interval.seconds, 300),
+    Row('recovery_interval', '--recovery-interval 7', lambda b: b.training.interval.steps, 7),
     Row('grad_checkpointing', '--grad-checkpointing', lambda b: b.model.grad_checkpointing, True),
     Row('fast_norm', '--fast-norm', lambda b: b.model.norm._fast_norm, True,
         OFF + '--model test_vit --model-kwargs img_size=32'),
@@ -333,7 +342,7 @@ SCHEDULE = [
     Row('epochs', '--epochs 7', lambda b: (b.training.num_epochs, b.training.stop_epoch, b.scheduler.t_initial),
         (7, 7, 7)),
     Row('stop_epoch', '--stop-epoch 4', lambda b: (b.training.stop_epoch, b.training.num_epochs), (4, 10)),
-    Row('start_epoch', '--start-epoch 5', lambda b: (b.training.start_epoch, b.groups[0]['lr']), (5, 0.25),
+    Row('start_epoch', '--start-epoch 5', lambda b: (b.training.progress.epoch, b.groups[0]['lr']), (5, 0.25),
         '--warmup-epochs 0 --lr 0.5'),
     Row('decay_milestones', '--decay-milestones 3 6', lambda b: b.scheduler.decay_t, [3, 6], '--sched multistep'),
     Row('decay_epochs', '--decay-epochs 4', lambda b: b.scheduler.decay_t, 4, '--sched step'),
@@ -361,11 +370,11 @@ AUGMENTATION = [
     Row('aa', '--aa rand-m5', lambda b: b.step(timm.data.auto_augment.RandAugment).ops[0].magnitude, 5),
     Row('aug_repeats', '--aug-repeats 3', lambda b: set(b.plan.duplicates[b.plan.size == 32]), {3}),
     Row('aug_splits', '--aug-splits 3', lambda b: b.batch[0].shape[0], 12, OFF),
-    Row('reprob', '--reprob 0.25', lambda b: b.prefetcher.random_erasing.probability, 0.25),
+    Row('reprob', '--reprob 0.25', lambda b: b.prefetcher.random_erasing.erasing.probability, 0.25),
     Row('reprob', '--reprob 0.25', lambda b: b.transform()[-1].probability, 0.25, '--no-prefetcher'),
-    Row('remode', '--remode rand', lambda b: b.prefetcher.random_erasing.mode, 'rand', '--reprob 0.25'),
-    Row('recount', '--recount 3', lambda b: b.prefetcher.random_erasing.max_count, 3, '--reprob 0.25'),
-    Row('resplit', '--resplit', lambda b: b.prefetcher.random_erasing.num_splits, 2, '--reprob 0.25'),
+    Row('remode', '--remode rand', lambda b: b.prefetcher.random_erasing.erasing.mode, 'rand', '--reprob 0.25'),
+    Row('recount', '--recount 3', lambda b: b.prefetcher.random_erasing.erasing.max_count, 3, '--reprob 0.25'),
+    Row('resplit', '--resplit', lambda b: b.prefetcher.random_erasing.erasing.num_splits, 2, '--reprob 0.25'),
     Row('mixup', '--mixup 0.3', lambda b: b.collate.mixup_alpha, 0.3),
     Row('mixup', '--mixup 0.3', lambda b: b.loop['mixup_fn'].mixup_alpha, 0.3, '--no-prefetcher'),
     Row('mixup', '--mixup 0.3', lambda b: b.data.loader.dataset.mixup_fn.mixup_alpha, 0.3, NAFLEX),
@@ -456,11 +465,11 @@ RUN = [
         b.loader.batch_sampler._arguments['seed']], [7] * 5),
     Row('seed', '--seed 7', lambda b: b.loader.batch_sampler.seed, 7, '--train-img-sizes 24 32'),
     Row('workers', '-j 2', lambda b: (b.loader.num_workers, b.validation.loader.num_workers), (2, 2)),
-    Row('worker_seeding', '--worker-seeding part', lambda b: b.loader.worker_init_fn.keywords,
+    Row('worker_seeding', '--worker-seeding part', lambda b: b.loader.worker_init_fn.worker_init_fn.keywords,
         {'worker_seeding': 'part'}, OFF),
     Row('pin_mem', '--pin-mem', lambda b: (b.loader.pin_memory, b.validation.loader.pin_memory), (True, True)),
     Row('no_prefetcher', '--no-prefetcher', lambda b: (type(b.prefetcher).__name__, type(b.validation).__name__),
-        ('DataLoader', 'DataLoader')),
+        ('WatchedLoader', 'DataLoader')),
     Row('use_multi_epochs_loader', '--use-multi-epochs-loader', lambda b: type(b.loader).__name__,
         'MultiEpochsDataLoader', OFF),
     Row('output', '--output {tmp}/elsewhere', lambda b: Path(b.training.folder).parent.name, 'elsewhere'),
@@ -525,6 +534,8 @@ LANDS = [*MIXSIZE, *DATA, *MODEL, *DEVICE, *OPTIMIZER, *SCHEDULE, *AUGMENTATION,
 # Options that a test of their own follows, here
 FOLLOWED = {
     'kd_loss_type': 'test_the_loss_of_distillation_reaches_the_task',
+    'no_tf32': 'test_there_is_no_tf32_on_a_device_without_it_and_deterministic_algorithms_are_switched_on',
+    'deterministic': 'test_there_is_no_tf32_on_a_device_without_it_and_deterministic_algorithms_are_switched_on',
     'local_rank': 'test_the_local_rank_is_in_the_environment_before_accelerate_looks',
     **dict.fromkeys(('epoch_repeats', 'train_num_samples', 'val_num_samples'),
                     'test_streamed_data_are_counted_and_repeated_as_told_and_others_refuse'),
@@ -533,8 +544,9 @@ FOLLOWED = {
     'dist_bn': 'test_running_statistics_of_processes_become_one',
     'unsafe_pickle': 'test_pickled_weights_are_taken_where_their_risk_is_named',
     'tta': 'test_an_image_is_validated_together_with_its_mirror_image',
-    **dict.fromkeys(('log_interval', 'val_interval', 'save_epochs', 'checkpoint_hist', 'recovery_interval',
-                     'save_images'), 'test_a_run_shows_validates_and_keeps_what_it_is_told_to'),
+    'max_nonfinite': 'test_the_loop_hears_of_losses_that_are_not_finite_and_of_the_seed_of_mixup',
+    **dict.fromkeys(('log_interval', 'val_interval', 'save_epochs', 'checkpoint_hist', 'save_images'),
+                    'test_a_run_shows_validates_and_keeps_what_it_is_told_to'),
 }
 
 
@@ -679,6 +691,19 @@ def test_another_device_is_accelerates(fill, monkeypatch):
         build.create_accelerator(parse_args(fill(BASE + '--device cpu')))
 
 
+def test_there_is_no_tf32_on_a_device_without_it_and_deterministic_algorithms_are_switched_on(fill, monkeypatch):
+    """On a GPU: test_launch.py."""
+    with pytest.raises(UsageError, match='there is no TF32 on this cpu'):
+        build.create_accelerator(parse_args(fill(BASE + '--no-tf32')))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # so that it is put back
+    try:
+        build.create_accelerator(parse_args(fill(BASE + '--deterministic')))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_streamed_data_are_counted_and_repeated_as_told_and_others_refuse(fill, monkeypatch):
     class Streaming(IterableImageDataset):
         def __init__(self):
@@ -792,7 +817,15 @@ def test_best_is_chosen_by_the_metric(fill, tmp_path, monkeypatch, metric, best)
     assert built.training.history.entries[0][0] == best
 
 
-def test_a_run_shows_validates_and_keeps_what_it_is_told_to(fill, tmp_path, caplog):
+def test_the_loop_hears_of_losses_that_are_not_finite_and_of_the_seed_of_mixup(fill):
+    built = Built(fill(f'{BASE} --max-nonfinite 4 --seed 7'))
+    assert built.loop['max_nonfinite'] == 4 and built.loop['mixup_seed'] == 7
+    assert Built(fill(f'{BASE} {OFF}')).loop['mixup_seed'] is None  # timm's own stream
+
+
+def test_a_run_shows_validates_and_keeps_what_it_is_told_to(fill, tmp_path, caplog, monkeypatch):
+    saved = []
+    monkeypatch.setattr(CheckpointSaver, 'save_recovery', lambda _, snapshot: saved.append(snapshot.position))
     with caplog.at_level('INFO'):
         Built(fill(f'{BASE} {OFF} --output {tmp_path} --experiment run --stop-epoch 4 --log-interval 4 --val-interval '
                    '2 --save-epochs 1 --checkpoint-hist 1 --recovery-interval 5 --save-images')).training.run()
@@ -803,8 +836,7 @@ def test_a_run_shows_validates_and_keeps_what_it_is_told_to(fill, tmp_path, capl
     assert {path.name for path in folder.glob('*.jpg')} == {f'train-batch-{number}.jpg' for number in (0, 4, 5)}
     assert len(list(folder.glob('checkpoint-*'))) == 1
     assert [path.name for path in folder.glob('milestone-*')] == ['milestone-1']
-    optimizer = dict(json.loads((folder / 'recovery' / 'state.json').read_text())['__items__'])
-    assert optimizer['epoch'] == 3
+    assert saved == [(0, 5), (1, 4), (2, 3), (3, 2)]  # every fifth step
 
 
 # What is refused, and what one option makes of another
@@ -857,10 +889,22 @@ REFUSED = [
     ('--mixsize off --mixsize-drop reference', 'leave out --mixsize-drop'),
     ('--mixsize off --mixsize-reg 1', 'leave out --mixsize-reg'),
     ('--train-img-sizes 24 32 --mixsize-reg 1', 'leave out --mixsize-reg'),
+    ('--mixsize off --max-bad-images 0.1', 'leave out --max-bad-images'),
+    ('--mixsize off --worker-timeout 9', 'leave out --worker-timeout'),
+    ('--max-bad-images 2', '--max-bad-images must be in [0, 1]'),
+    ('--max-bad-images -0.1', '--max-bad-images must be in [0, 1]'),
+    ('--worker-timeout -1', '--worker-timeout must not be negative'),
     ('--mixsize-reg -1', '--mixsize-reg must not be negative'),
     ('--tta 3', '--tta takes 2, for an image and its mirror image, not 3'),
     ('--tta -1', '--tta takes 2'),
     ('--resume auto', '--resume auto needs --experiment'),
+    ('--max-nonfinite -1', '--max-nonfinite must not be negative'),
+    ('--checkpoint-interval 5s', '--checkpoint-interval: must be a number of steps such as 500, minutes such as 30m'),
+    ('--checkpoint-interval 5m --recovery-interval 3', 'means the same as --checkpoint-interval'),
+    ('--micro-batch-size 0', '--micro-batch-size must be a number of images or auto'),
+    ('--micro-batch-size some', '--micro-batch-size must be a number of images or auto'),
+    ('--micro-batch-size auto --mixsize off', 'with --mixsize off give a number'),
+    ('--micro-batch-size 4 --mixsize off --aug-splits 2', 'or --micro-batch-size'),
     ('--recovery-interval -1', '--recovery-interval must not be negative'),
     ('--calibrate-val -1', '--calibrate-val must not be negative'),
     ('--epoch-repeats -1', '--epoch-repeats must not be negative'),
@@ -879,7 +923,7 @@ REFUSED = [
     ('--mixsize off --aug-splits 2 --mixup 0.1', '--aug-splits cannot be had with mixup'),
     ('--mixsize off --aug-splits 2 --cutmix 0.1', '--aug-splits cannot be had with mixup'),
     ('--mixsize off --aug-splits 2 --cutmix-minmax 0.1 0.9', '--aug-splits cannot be had with mixup'),
-    ('--mixsize off --aug-splits 2 --no-prefetcher', '--aug-splits cannot be had with mixup, cutmix or --no-pref'),
+    ('--mixsize off --aug-splits 2 --no-prefetcher', '--aug-splits cannot be had with mixup, cutmix, --no-pre'),
     ('--mixsize off --use-multi-epochs-loader --mixup-off-epoch 1', 'exclude each other: its workers mix on'),
     ('--naflex-loader --mixup-mode elem', '--naflex-loader mixes by batch'),
     ('--naflex-loader --save-images', '--naflex-loader and --save-images exclude'),

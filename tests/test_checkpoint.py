@@ -8,7 +8,8 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2
 
-from mixsize_timm.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from mixsize_timm.checkpoint import load_checkpoint, save_checkpoint
+from mixsize_timm.randomness import random_state, set_random_state
 
 
 def model():
@@ -59,7 +60,7 @@ def test_nothing_is_pickled_and_nothing_else_is_left(tmp_path):
         save_checkpoint(str(tmp_path / 'last'), model(), {'t': torch.ones(2)})
     assert [p.name for p in tmp_path.iterdir()] == ['last']
     assert sorted(p.name for p in (tmp_path / 'last').iterdir()) == [
-        'model.safetensors', 'state.json', 'state.safetensors']
+        'manifest.json', 'model.safetensors', 'state.json', 'state.safetensors']
     json.loads((tmp_path / 'last' / 'state.json').read_text())
 
 
@@ -87,10 +88,10 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
         load_checkpoint(str(folder), timm.create_model('test_vit', num_classes=4))
     whole = (folder / 'model.safetensors').read_bytes()
     (folder / 'model.safetensors').write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match='not readable') as error:
+    with pytest.raises(ValueError, match='not whole: model.safetensors has') as error:
         load_checkpoint(str(folder), model())
     assert '\n' not in str(error.value)
     (folder / 'model.safetensors').write_bytes(whole)
     (folder / 'state.json').write_text('{')
-    with pytest.raises(ValueError, match='not readable'):
+    with pytest.raises(ValueError, match='not whole: state.json'):
         load_checkpoint(str(folder), model())

@@ -10,7 +10,7 @@ from timm.data import FastCollateMixup, create_dataset
 from torch.utils.data import IterableDataset
 
 from mixsize_timm.data import MixSizeLoader, create_loader
-from mixsize_timm.datasets import DigitsDataset
+from mixsize_timm.datasets import BadImagesError, DigitsDataset
 from mixsize_timm.regime import Regime
 
 REGIME = Regime.preset('cifar', 32, batch_size=8)
@@ -170,17 +170,45 @@ def test_a_broken_image_is_named_and_replaced(image_folder, caplog):
     (image_folder / 'train' / 'dog' / '005.jpg').write_bytes(whole[:len(whole) // 2])
     dataset = create_dataset('', str(image_folder), 'train')
     with caplog.at_level(logging.WARNING):
-        targets = torch.cat([t for _, t in loader_of(dataset, Regime.fixed(32, batch_size=4))])
-    assert 'cat/003.jpg' in caplog.text and 'dog/005.jpg' in caplog.text
+        loader = loader_of(dataset, Regime.fixed(32, batch_size=4), max_bad_images=0.1)
+        first = collect(loader, 0)
+        collect(loader)
+    assert [caplog.text.count(name) for name in ('cat/003.jpg', 'dog/005.jpg')] == [1, 1]
+    assert_same(first, collect(loader_of(dataset, Regime.fixed(32, batch_size=4), max_bad_images=0.1,
+                                         num_workers=2), 0))
+    targets = torch.cat([t for _, t in first])
     assert len(targets) == 24 and targets.bincount().tolist() == [12, 12]
+    assert {name[-11:] for name, _ in loader.bad_images.values()} == {'cat/003.jpg', 'dog/005.jpg'}
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_too_many_broken_images_end_the_iteration_with_their_names(image_folder, num_workers):
+    for name in ('cat/003.jpg', 'cat/004.jpg', 'dog/005.jpg'):
+        (image_folder / 'train' / name).write_bytes(b'not an image')
+    dataset = create_dataset('', str(image_folder), 'train')
+    loader = loader_of(dataset, Regime.fixed(32, batch_size=4), max_bad_images=2 / 24, num_workers=num_workers)
+    with pytest.raises(BadImagesError, match='3 of 24 images cannot be read, more than the 8.333% allowed: .*/cat/.*'
+                                             'repair or remove them, or raise --max-bad-images') as error:
+        collect(loader, 0)
+    assert '\n' not in str(error.value) and error.value.images == loader.bad_images and len(loader.bad_images) == 3
+
+
+def test_limits_out_of_range_are_refused():
+    with pytest.raises(ValueError, match='max_bad_images must be in'):
+        loader_of(DigitsDataset(), max_bad_images=1.5)
+    with pytest.raises(ValueError, match='worker_timeout must not be negative'):
+        loader_of(DigitsDataset(), worker_timeout=-1)
 
 
 def test_nothing_but_broken_images_is_an_error(image_folder):
     for path in (image_folder / 'train').rglob('*.jpg'):
         path.write_bytes(b'')
-    loader = loader_of(create_dataset('', str(image_folder), 'train'), Regime.fixed(32, batch_size=4))
-    with pytest.raises(RuntimeError, match='10 images in a row cannot be read'):
-        next(iter(loader))
+    for num_workers in (0, 1):
+        loader = loader_of(create_dataset('', str(image_folder), 'train'), Regime.fixed(32, batch_size=4),
+                           num_workers=num_workers, max_bad_images=1)
+        with pytest.raises(BadImagesError, match='10 images in a row cannot be read') as error:
+            next(iter(loader))
+        assert len(error.value.images) == 10
 
 
 def test_contradictions_are_named():

@@ -1,16 +1,19 @@
 """The embedded digits, and the faults of a data folder."""
 import io
+import struct
 import tarfile
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from conftest import write_images
 from PIL import Image
 from timm.data import ImageDataset
 from torchvision.datasets import ImageFolder
 
 from mixsize_timm.datasets import (
+    BadImagesError,
     DigitsDataset,
     ReadableDataset,
     check_classes,
@@ -51,6 +54,7 @@ def test_a_tar_file_works(tmp_path, image_folder):
         tar.add(image_folder / 'train', arcname='train')
     dataset = create_dataset('', str(path), 'train')
     assert len(dataset) == 24 and dataset[0][0].size == (40, 30)
+    assert dataset._known_classes().tolist() == [0] * 12 + [1] * 12
 
 
 def test_a_torchvision_data_set_works(image_folder):
@@ -68,6 +72,7 @@ def test_a_hugging_face_data_set_works(tmp_path):
     dataset = create_dataset(f'hfds/{tmp_path / "hf"}', str(tmp_path / 'cache'), 'train')
     assert len(dataset) == 3 and class_names(dataset) == ['a', 'b']
     assert dataset[1][0].size == (8, 8) and dataset[1][1] == 1
+    assert dataset._known_classes().tolist() == [0, 1, 0]
 
 
 def test_a_missing_folder_is_named():
@@ -134,11 +139,71 @@ def test_a_split_that_was_not_found_is_named(image_folder):
 
 
 @pytest.mark.parametrize('name', ['', 'torch/image_folder'])
-def test_a_broken_file_is_named_and_replaced_in_any_data_set(image_folder, caplog, name):
+def test_a_broken_file_is_named_and_replaced_by_one_of_its_class_in_any_data_set(image_folder, caplog, name):
     (image_folder / 'train' / 'cat' / '011.jpg').write_bytes(b'broken')
     dataset = create_dataset(name, str(image_folder), 'train')
-    image, target = dataset[11]
-    assert target == 1 and image.size == (40, 30)  # the next file is the first of the dogs
-    assert ('cat/011.jpg' in caplog.text) if name == '' else ('number 11' in caplog.text)
+    for _ in range(2):
+        image, target = dataset[11]  # the next file would be the first of the dogs
+        assert target == 0 and image.size == (40, 30)
+    assert caplog.text.count('cat/011.jpg, another one takes its place') == 1
     dataset.transform = lambda image: image.mode
     assert dataset[0] == ('RGB', 0)
+
+
+class Held(torch.utils.data.Dataset):
+    """Eight images, of which some cannot be read; an image tells its number by its width."""
+
+    def __init__(self, broken, **attributes):
+        self.broken = broken
+        vars(self).update(attributes)
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise struct.error('cut off')
+        return Image.new('RGB', (index + 1, 1)), index % 2
+
+
+def width(dataset, index, *key):
+    return dataset.read(index, *key)[0].width - 1
+
+
+@pytest.mark.parametrize('attributes', [
+    dict(targets=[0, 1] * 4), dict(targets=torch.tensor([0, 1] * 4)), dict(labels=np.array([0, 1] * 4)),
+    dict(samples=[(f'{i}.jpg', i % 2) for i in range(8)])], ids=['list', 'tensor', 'labels', 'samples'])
+def test_classes_are_told_without_reading_images(attributes):
+    dataset = ReadableDataset(Held({2}, **attributes))
+    drawn = [width(dataset, 2, seed, epoch) for seed in range(4) for epoch in range(4)]
+    assert set(drawn) == {0, 4, 6}
+    assert drawn == [width(dataset, 2, seed, epoch) for seed in range(4) for epoch in range(4)]
+
+
+@pytest.mark.parametrize('broken, attributes, expected', [
+    ({3}, {}, 4),
+    ({3, 4}, {}, 5),
+    ({7}, {}, 0),
+    ({3}, dict(targets=[[0, 1]] * 8), 4),  # of several labels
+    ({3}, dict(targets=[0] * 7), 4),
+    ({1, 3, 5, 7}, dict(targets=[0, 1] * 4), 4),
+    ({3}, dict(targets=[0, 1, 2, 3, 4, 5, 6, 7]), 4),
+], ids=str)
+def test_the_next_readable_image_is_taken_where_the_class_offers_none(broken, attributes, expected):
+    dataset = ReadableDataset(Held(broken, **attributes))
+    image, target, bad_images = dataset.read(min(broken - {1}))
+    assert image.width - 1 == expected and target == expected % 2
+    assert set(bad_images) <= broken and all(reason == 'cut off' for _, reason in bad_images.values())
+
+
+def test_ten_in_a_row_are_an_error():
+    with pytest.raises(BadImagesError, match='10 images in a row cannot be read, the last one number 1: cut') as error:
+        ReadableDataset(Held(set(range(8))))[0]
+    assert set(error.value.images) == set(range(8))
+
+
+def test_an_error_of_the_transform_is_not_a_bad_image():
+    dataset = ReadableDataset(Held(set()))
+    dataset.transform = lambda image: image.no_such_thing
+    with pytest.raises(AttributeError, match='no_such_thing'):
+        dataset[0]

@@ -70,7 +70,9 @@ def test_a_model_that_does_not_work_on_the_meta_device_is_counted_as_it_is():
 
 def test_training_counts_forward_and_backward_of_every_image():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten())
-    cost = training_cost(model, {'samples': [[8, 8, 100], [4, 2, 10]], 'steps': 7, 'seconds': 1.5})
+    cost = training_cost(model, {'samples': [[8, 8, 100], [4, 2, 10]], 'steps': 7, 'seconds': 1.5,
+                                 'counted': True})
+    assert training_cost(model, {'samples': [[8, 8, 100]], 'counted': False}) is None
     assert cost['images'] == 110 and cost['steps'] == 7 and cost['seconds'] == 1.5
     assert cost['megapixels'] == pytest.approx((64 * 100 + 8 * 10) / 1e6)
     assert cost['gmacs'] == pytest.approx(3 * 12 * (64 * 100 + 8 * 10) / 1e9)

@@ -14,7 +14,8 @@ from timm.utils import CheckpointSaver
 
 from mixsize_timm import train
 from mixsize_timm.args import parse_args
-from mixsize_timm.checkpoint import CheckpointHistory, copy_checkpoint, newest_checkpoint, run_folder, save_checkpoint
+from mixsize_timm.checkpoint import copy_checkpoint, newest_checkpoint, run_folder, save_checkpoint
+from mixsize_timm.saver import CheckpointHistory
 
 TINY = ['--model', 'test_resnet', '-j', '0', '-b', '8', '--opt', 'sgd', '--lr', '0.05', '--warmup-epochs', '0',
         '--img-size', '32', '--num-classes', '2', '--mixsize-sizes', '24', '32']
@@ -84,33 +85,35 @@ def test_an_older_checkpoint_is_continued_elsewhere(tmp_path, run):
     assert finished_epochs(straight / 'last') == 2
 
 
-def test_a_recovery_checkpoint_trains_its_epoch_again_in_place(tmp_path, tiny, monkeypatch):
-    original = train.Training._finish_epoch
-
-    def stop_in_the_second(self, epoch, metrics):
-        if epoch == 1:
-            raise KeyboardInterrupt
-        original(self, epoch, metrics)
-
-    monkeypatch.setattr(train.Training, '_finish_epoch', stop_in_the_second)
-    argv = [*tiny, '--epochs', '2', '--recovery-interval', '2', '--output', str(tmp_path), '--experiment', 'run']
-    assert train.main(argv) == 130
-    monkeypatch.setattr(train.Training, '_finish_epoch', original)
+def test_with_timms_loader_a_recovery_checkpoint_trains_its_epoch_again_in_place(tmp_path, tiny, monkeypatch, caplog):
+    argv = [*tiny[:tiny.index('--mixsize-sizes')], *tiny[tiny.index('--data-dir'):], '--mixsize', 'off', '--epochs',
+            '2', '--recovery-interval', '2', '--output', str(tmp_path), '--experiment', 'run']
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, '_finish_epoch', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert train.main(argv) == 130
     folder = tmp_path / 'run'
-    shutil.copytree(folder / 'recovery', tmp_path / 'first' / 'recovery')
-    shutil.copy(folder / 'args.yaml', tmp_path / 'first')
-    for found in (parse_args([*argv, '--experiment', 'first', '--resume', 'auto']).resume, str(folder)):
-        assert os.path.basename(newest_checkpoint(found)) == ('recovery' if 'first' in found else 'last')
-    assert finished_epochs(folder / 'recovery') == 1 and not same(folder / 'recovery', folder / 'last')
-    assert train.main(['--resume', str(folder / 'recovery')]) == 0
+    assert [path.name for path in folder.glob('recovery-*')] == ['recovery-0-2']
+    assert train.main(['--resume', str(folder / 'recovery-0-2')]) == 0
+    assert 'cannot go on inside an epoch: epoch 0 is trained from its beginning' in caplog.text
     assert epochs_of(folder) == ['0', '1'] and finished_epochs(folder / 'last') == 2
+
+
+def test_auto_finds_what_is_there(tmp_path, tiny, run):
+    straight = run('--epochs', 1, '--checkpoint-interval', 2)
+    argv = [*tiny, '--output', str(tmp_path), '--resume', 'auto']
+    assert parse_args([*argv, '--experiment', 'other']).resume == ''
+    assert parse_args([*argv, '--experiment', 'run']).resume == str(straight)
+    (tmp_path / 'other').mkdir()
+    shutil.copytree(straight / 'last', tmp_path / 'other' / 'recovery-0-2')
+    shutil.copy(straight / 'args.yaml', tmp_path / 'other')
+    assert os.path.basename(newest_checkpoint(parse_args([*argv, '--experiment', 'other']).resume)) == 'recovery-0-2'
 
 
 def test_without_the_optimizer_only_weights_and_epoch_are_resumed(tmp_path, run):
     folder = run('--epochs', 2, '--stop-epoch', 1)
     straight, fresh = (train.Training(train.parse_args(['--resume', str(folder), *extra]))
                        for extra in ([], ['--no-resume-opt']))
-    assert straight.start_epoch == fresh.start_epoch == 1
+    assert straight.progress.epoch == fresh.progress.epoch == 1
     for a, b in zip(straight.model.state_dict().values(), fresh.model.state_dict().values()):
         assert torch.equal(a, b)
     assert straight.optimizer.state_dict()['state'] and not fresh.optimizer.state_dict()['state']
@@ -140,7 +143,7 @@ def test_a_checkpoint_of_timms_script_is_resumed(tmp_path, tiny):
     saver.save_checkpoint(2, 50.)
     resumed = train.Training(train.parse_args(
         [*tiny, '--model-ema', '--resume', str(tmp_path / 'last.pth.tar')]))
-    assert resumed.start_epoch == 3
+    assert resumed.progress.epoch == 3 and not resumed.progress.counted
     for ours, timms in ((resumed.model, other.model), (resumed.ema, other.ema)):
         assert all(map(torch.equal, ours.state_dict().values(), timms.state_dict().values()))
     momentum = [s['momentum_buffer'] for s in resumed.optimizer.state_dict()['state'].values()]

@@ -1,6 +1,8 @@
 """Gradient smoothing: the rule, and what must not disturb it."""
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -94,3 +96,50 @@ def test_it_never_waits_for_the_device():
 def test_momentum_out_of_range(momentum):
     with pytest.raises(ValueError, match='momentum'):
         GradientSmoother(momentum)
+
+
+class Scaled:
+    """A parameter trained under loss scaling, as Accelerate's optimizer does it, with an explicit scaler on the CPU."""
+
+    def __init__(self, scale, momentum=0.5):
+        Accelerator(cpu=True)  # its optimizer asks for the state
+        self.parameter = torch.nn.Parameter(torch.zeros(4))
+        self.scaler = torch.amp.GradScaler('cpu', init_scale=scale)
+        self.inner = torch.optim.SGD([self.parameter], lr=1.0)
+        self.optimizer = AcceleratedOptimizer(self.inner, scaler=self.scaler)
+        self.smoother = GradientSmoother(momentum)
+
+    def step(self, grad, clip=None):
+        """Unscale, smooth, clip, step."""
+        self.scaler.scale((self.parameter * grad).sum()).backward()
+        self.scaler.unscale_(self.inner)
+        norms = self.smoother([self.parameter])
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_([self.parameter], clip)
+        before = self.parameter.detach().clone()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norms, (self.parameter.detach() - before).norm().item()
+
+
+def test_an_overflow_skips_the_optimizer_and_the_running_norm_and_lowers_the_scale():
+    scaled = Scaled(2.0**10)
+    scaled.step(torch.ones(4))
+    assert not scaled.optimizer.step_was_skipped
+    norms, moved = scaled.step(torch.full((4,), 3e38))  # finite, and not once it is scaled
+    assert scaled.optimizer.step_was_skipped and not norms.norm.isfinite()
+    assert moved == 0 and scaled.scaler.get_scale() == 2.0**9
+    assert scaled.smoother.state_dict()['running_norm'] == pytest.approx(2)
+    norms, moved = scaled.step(torch.full((4,), 2.0))
+    assert not scaled.optimizer.step_was_skipped and scaled.scaler.get_scale() == 2.0**9
+    assert norms.norm.item() == pytest.approx(4) and moved == pytest.approx(3)  # the mean of 2 and 4
+
+
+@pytest.mark.parametrize('scale', [1.0, 2.0**16])
+def test_unscaled_then_smoothed_then_clipped(scale):
+    scaled = Scaled(scale)
+    scaled.step(torch.ones(4))
+    norms, moved = scaled.step(torch.full((4,), 5.0), clip=1.5)
+    assert (norms.norm.item(), norms.smoothed.item()) == (pytest.approx(10), pytest.approx(6))
+    assert moved == pytest.approx(1.5)
+    assert scaled.smoother.state_dict()['running_norm'] == pytest.approx(6)  # clipping does not reach it

@@ -14,6 +14,7 @@ from timm.utils.agc import unitwise_norm
 from torch import nn
 
 from mixsize_timm import GradientSmoother, Regime, create_loader, train
+from mixsize_timm.engine import Progress
 from mixsize_timm.errors import UsageError
 from mixsize_timm.models import create_model
 from mixsize_timm.sampler import EpochPlan
@@ -245,7 +246,7 @@ def test_clipping_bounds_the_smoothed_gradient(mode):
     smoother.load_state_dict({'running_norm': 1e4})
     ones = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1])
     plan = EpochPlan.of_loader(1, 32, 4)
-    train.train_one_epoch(0, task, [ones], plan, optimizer, accelerator, smoother=smoother, clip_grad=0.5,
+    train.train_one_epoch(Progress(), task, [ones], plan, optimizer, accelerator, smoother=smoother, clip_grad=0.5,
                           clip_mode=mode)
     grads = seen[0]
     if mode == 'norm':

@@ -91,7 +91,7 @@ VERDICTS = {
     '--model-ema-warmup': _needs('--model-ema'),
     '--worker-seeding': ('same', 'with `--mixsize off`; refused with MixSize unless `all`: each augmentation is seeded '
                                  'by its image'),
-    '--recovery-interval': ('same', _FOLDERS),
+    '--recovery-interval': ('mapped', 'to `--checkpoint-interval`; ' + _FOLDERS),
     '--checkpoint-hist': ('same', _FOLDERS),
     '--eval-metric': ('same', 'the default is `map` with `--task multilabel`, as in timm 1.0.31'),
     '--tta': ('mapped', '2 averages an image and its mirror image, more is refused; timm\'s script averages N '

@@ -1,0 +1,190 @@
+"""What a run needs to go on as if it had not stopped, besides the model: gathered, and put back."""
+import logging
+import os
+import pickle
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
+from torch import nn
+
+from .checkpoint import check_whole, checkpoints_of, load_checkpoint, run_folder
+from .data import MixSizeLoader
+from .engine import Progress
+from .errors import UsageError, refusing
+from .provenance import read_run
+from .randomness import random_state, set_random_state
+from .saver import CheckpointHistory
+from .sharding import full_optimizer_state, load_full_optimizer_state
+
+_logger = logging.getLogger(__name__)
+
+BadImages = Dict[int, Tuple[str, str]]  # index -> path, reason
+
+
+def newest_whole(path: str, accelerator: Any) -> str:
+    """The checkpoint to go on from: the one named, or the newest of a run that is whole, chosen by the main process.
+
+    Raises:
+        UsageError: There is none.
+    """
+    found: List[Any] = ['', '']
+    if accelerator.is_main_process:
+        named = run_folder(path) != path
+        for folder in [path] if named else checkpoints_of(path):
+            try:
+                check_whole(folder)
+            except (OSError, ValueError) as error:
+                found[1] = str(error)
+                if not named:
+                    _logger.warning('%s: the one before it is used', error)
+                continue
+            found[0] = folder
+            break
+    broadcast_object_list(found)
+    if not found[0]:
+        raise UsageError(found[1] or f'no checkpoint at {path}')
+    return found[0]
+
+
+def training_state(run: Any) -> Dict[str, Any]:
+    """What a run needs to go on from where it is, besides the model. Called by every process.
+
+    Args:
+        run: A :class:`~mixsize_timm.train.Training`.
+    """
+    scaler = run.accelerator.scaler
+    return {
+        'epoch': run.progress.epoch,
+        'progress': run.progress.to_dict(),
+        'world_size': run.data.plan_world_size,
+        'best': run.best,
+        'metric': run.metric,
+        'history': list(run.history.entries),
+        'opt': run.args.opt,
+        'optimizer': full_optimizer_state(run.model, run.optimizer),
+        'task': [run.task.get_task_state(), run.task.get_task_state(ema=True)],
+        'smoother': run.smoother.state_dict() if run.smoother else None,
+        'scaler': scaler.state_dict() if scaler else None,
+        'plateau': run.lr_scheduler.lr_scheduler.state_dict() if run.args.sched == 'plateau' else None,
+        'random': gather_object([random_state()]),
+        'buffers': gather_object([_buffers(run)]),
+        'bad_images': [[index, *bad] for index, bad in share_bad_images(run.data.loader).items()],
+        'wandb': run.wandb_id,
+    }
+
+
+def restore(run: Any, path: str) -> None:
+    """Continue a run of ours, given its folder or a checkpoint in it.
+
+    Raises:
+        UsageError: It cannot be read, or does not fit the arguments.
+    """
+    folder = newest_whole(path, run.accelerator)
+    try:
+        state = load_checkpoint(folder, run.model, run.ema)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    for ema, task_state in zip((False, True), state['task']):
+        if task_state and (not ema or run.ema is not None):
+            run.task.load_task_state(task_state, ema=ema)
+    if not run.args.no_resume_opt:
+        _restore_optimizer(run, state, path)
+    processes = run.accelerator.num_processes
+    if len(state['random']) == processes:
+        set_random_state(state['random'][run.accelerator.process_index])
+        _set_buffers(run, state['buffers'][run.accelerator.process_index])
+    else:
+        _logger.warning('The run was saved by %d processes and goes on with %d: the batches stay those of %d, and '
+                        'dropout is drawn anew', len(state['random']), processes, state['world_size'])
+    run.progress = Progress.from_dict(state['progress'])
+    if run.progress.step and not isinstance(run.data.loader, MixSizeLoader):
+        _logger.warning("timm's own loader cannot go on inside an epoch: epoch %d is trained from its beginning",
+                        run.progress.epoch)
+        run.progress.start_epoch(run.progress.epoch)
+    share_bad_images(run.data.loader, {index: (name, reason) for index, name, reason in state['bad_images']})
+    with refusing():
+        run.starts = read_run(run_folder(folder)).get('starts', [])
+    in_place = os.path.realpath(run.folder) == os.path.realpath(run_folder(folder))
+    if in_place:
+        run.wandb_id = state['wandb']
+    if in_place and state['metric'] == run.metric:  # else another folder's best, or of another scale
+        run.best = state['best']
+        run.history = CheckpointHistory(run.folder, run.args.checkpoint_hist, state['history'])
+    run.resumed_from = folder
+
+
+def restore_timms(run: Any, path: str) -> None:
+    """Continue a run of timm's script, given its file.
+
+    timm reads its own checkpoints, with torch's unpickler restricted to tensors and plain values.
+
+    Raises:
+        UsageError: It cannot be read, or does not fit the arguments.
+    """
+    with refusing(f'cannot resume {path}'):
+        try:
+            epoch = resume_task_checkpoint(
+                run.task, path, None if run.args.no_resume_opt else run.optimizer, log_info=False)
+            if run.ema is not None:
+                load_task_ema_checkpoint(run.task, path)
+        except pickle.UnpicklingError as error:
+            raise ValueError(str(error)) from error
+    run.progress = Progress(epoch=epoch or 0, counted=False)
+
+
+def share_bad_images(loader: Any, known: Optional[BadImages] = None) -> BadImages:
+    """Tell the loaders of all processes what images each of them could not read, and what was known before.
+
+    Returns:
+        All of them; none for a loader that is not ours.
+    """
+    if not isinstance(loader, MixSizeLoader):
+        return {}
+    for found in gather_object([dict(known or {}), dict(loader.bad_images)]):
+        loader.bad_images.update(found)
+    return dict(sorted(loader.bad_images.items()))
+
+
+def set_aside_torn(run: Any) -> None:
+    """Rename what is newer than the checkpoint that a run goes on from in place, so that it does not stand for it."""
+    for folder in checkpoints_of(run.folder):
+        if os.path.realpath(folder) == os.path.realpath(run.resumed_from):
+            return
+        os.replace(folder, folder + '.torn')
+        _logger.warning('%s is not whole and is %s.torn now', folder, os.path.basename(folder))
+
+
+def _restore_optimizer(run: Any, state: Dict[str, Any], path: str) -> None:
+    if state['opt'] != run.args.opt:
+        raise UsageError(f'{path} was trained with --opt {state["opt"]}, not {run.args.opt}')
+    try:
+        load_full_optimizer_state(run.model, run.optimizer, state['optimizer'])
+    except (KeyError, ValueError) as error:
+        raise UsageError(f'{path} does not fit the optimizer: resume with the arguments it was started with'
+                         ) from error
+    if run.smoother and state['smoother']:
+        run.smoother.load_state_dict(state['smoother'])
+    if run.accelerator.scaler and state['scaler']:
+        run.accelerator.scaler.load_state_dict(state['scaler'])
+    if run.args.sched == 'plateau' and state['plateau']:
+        run.lr_scheduler.lr_scheduler.load_state_dict(state['plateau'])
+
+
+def _buffers(run: Any) -> Optional[List[Dict[str, torch.Tensor]]]:
+    """Buffers of the model and its average: inside an epoch each process has statistics of its own."""
+    if run.accelerator.num_processes == 1:
+        return None  # they are in the model's file
+    return [{name: buffer.cpu() for name, buffer in model.named_buffers()} for model in _models(run)]
+
+
+def _set_buffers(run: Any, buffers: Optional[List[Dict[str, torch.Tensor]]]) -> None:
+    for model, values in zip(_models(run), buffers or ()):
+        for name, buffer in model.named_buffers():
+            if name in values:
+                buffer.copy_(values[name])
+
+
+def _models(run: Any) -> List[nn.Module]:
+    return [model for model in (run.model, run.ema) if model is not None]
