@@ -323,13 +323,14 @@ class StepMeter:
         self.bar.set_postfix_str(text)
         if self.bar.disable:
             _logger.info('Train %d [%4d/%d]  %s', progress.epoch, progress.step, self.plan.num_steps, text)
-        self._log_steps(progress.epoch * self.plan.num_steps + progress.step)
+        self.log_steps()
         return True
 
-    def _log_steps(self, last: int) -> None:
-        """Hand the trackers the steps up to ``last``, counted over all epochs; one wait for the device."""
+    def log_steps(self) -> None:
+        """Hand the trackers the steps that they have not heard of; one wait for the device."""
         if not self.unlogged:
             return
+        last = self.progress.epoch * self.plan.num_steps + self.progress.step  # counted over all epochs
         names = ('step_loss', 'norm', 'smoothed_norm')
         values = torch.stack([torch.stack([x.float() for x in tensors]) for _, tensors in self.unlogged]).tolist()
         for step, ((known, _), measured) in enumerate(zip(self.unlogged, values), last - len(values) + 1):

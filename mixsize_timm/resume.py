@@ -2,6 +2,7 @@
 import logging
 import os
 import pickle
+import shutil
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -152,6 +153,7 @@ def set_aside_torn(run: Any) -> None:
     for folder in checkpoints_of(run.folder):
         if os.path.realpath(folder) == os.path.realpath(run.resumed_from):
             return
+        shutil.rmtree(folder + '.torn', ignore_errors=True)
         os.replace(folder, folder + '.torn')
         _logger.warning('%s is not whole and is %s.torn now', folder, os.path.basename(folder))
 

@@ -163,8 +163,11 @@ class CheckpointSaver:
         self._job = self._thread.submit(guarded)
 
     def _prune_recovery(self, number: int) -> None:
-        """Remove all but the newest checkpoints from inside epochs."""
+        """Remove all but the newest checkpoints from inside epochs; all of them only where ``last`` is newer."""
         found = glob.glob(os.path.join(glob.escape(self.folder), RECOVERY + '*'))
         whole = [path for path in found if not os.path.splitext(path)[1]]
+        last = os.path.join(self.folder, LAST)
+        done = position_of(last) if os.path.isdir(last) else (0, 0)
         for path in sorted(whole, key=position_of, reverse=True)[number:]:
-            shutil.rmtree(path, ignore_errors=True)
+            if number or position_of(path) < done:
+                shutil.rmtree(path, ignore_errors=True)

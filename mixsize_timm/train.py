@@ -145,20 +145,17 @@ class Training:
     def run(self) -> None:
         """Train, validate and save every epoch, then report the accuracy at each size."""
         self._open_folder()
-        with self.stop:
-            try:
-                with explaining(self.args, self.data.loader, self.where_to_go_on):
+        try:
+            with self.stop, explaining(self.args, self.data.loader, self.where_to_go_on):
+                try:
                     self._train_epochs()
-            finally:
-                self._list_bad_images()
-                self._close_saver(finished=self.progress.epoch >= self.stop_epoch)
-            self.stop.stop_at_once()
-            try:
+                finally:
+                    self._list_bad_images()
+                    self._close_saver()
+                self.stop.stop_at_once()
                 self._report_sizes()
-            except (OSError, SafetensorError) as error:
-                raise UsageError(f'cannot write the accuracies to {self.folder}: {error}; all epochs are saved, and '
-                                 f'--resume {self.folder} measures again') from error
-        self.accelerator.end_training()
+        finally:
+            self.accelerator.end_training()
 
     def _train_epochs(self) -> None:
         progress = self.progress
@@ -205,12 +202,13 @@ class Training:
         """Save where it is time to, and stop where it is asked for."""
         step = self.progress.epoch * self.data.num_steps + self.progress.step
         reason, late = self.stop.agreed(self.interval.minutes_over())
-        if late or self.interval.step_is_due(step) or reason:
-            meter.read()
+        if not (reason or late or self.interval.step_is_due(step)):
+            return
+        meter.read()
+        meter.log_steps()
         if reason:
             raise Stopped(reason)
-        if late or self.interval.step_is_due(step):
-            self._save_inside()
+        self._save_inside()
 
     def _save_inside(self) -> None:
         """Save a checkpoint from inside an epoch. Called by every process."""
@@ -223,9 +221,9 @@ class Training:
             position = self.progress.epoch, self.progress.step
             self.saver.save_recovery(take_snapshot(weights, state, self.ema, position))
 
-    def _close_saver(self, finished: bool) -> None:
+    def _close_saver(self) -> None:
         try:
-            self.saver.close(finished)
+            self.saver.close(finished=self.progress.epoch >= self.stop_epoch)
         except SaveError as error:
             raise UsageError(f'{error}; {self.where_to_go_on()}') from error
 
@@ -269,6 +267,7 @@ class Training:
         rank = float('-inf') if math.isnan(metric) else -metric if self.data.decreasing_metric else metric
         improved = self.best is None or rank > self.best
         self.best = rank if improved else self.best
+        self.saver.wait()  # the ranks are read while a checkpoint is written
         self.history.rank(epoch, rank)
         state, weights = training_state(self), full_model_state(self.model)
         self.interval.restart()
@@ -322,6 +321,13 @@ class Training:
 
     def _report_sizes(self) -> None:
         """Measure the final weights at every size of the regime, and keep the statistics for each beside them."""
+        try:
+            self._measure_and_report()
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f'cannot write the accuracies to {self.folder}: {error}; all epochs are saved, and '
+                             f'--resume {self.folder} measures again') from error
+
+    def _measure_and_report(self) -> None:
         sizes = self.data.regime.sizes if self.data.regime else (self.data.base_size,)
         model = self._used_model()
         stats = BatchNormStats(fingerprint(model))

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from timm.scheduler import CosineLRScheduler
 from timm.task import ClassificationTask
 from torch.amp import GradScaler
@@ -161,6 +162,21 @@ def test_no_checkpoint_is_made_of_what_is_not_finite(tmp_path, image_folder, cap
     assert 'the loss is not finite since step 3 of epoch 1 (32 px, learning rate ' in message
     assert f'--resume {tmp_path / "run"} continues after step ' in message and ' of epoch 1' in message
     assert 'No checkpoint is saved: the loss is not finite' in caplog.text
+
+
+def test_two_deterministic_runs_are_bit_equal(tmp_path, image_folder):
+    algorithms = torch.are_deterministic_algorithms_enabled()
+    argv = ['--model', 'test_resnet', '-j', '0', '-b', '8', '--lr', '0.05', '--img-size', '32', '--num-classes', '2',
+            '--mixsize-sizes', '24', '32', '--calibrate', '0', '--calibrate-val', '0', '--data-dir', str(image_folder),
+            '--output', str(tmp_path), '--epochs', '2', '--deterministic', '--drop', '0.3', '--reprob', '0.5',
+            '--mixup', '0.5']
+    try:
+        for name in ('one', 'two'):
+            assert train.main([*argv, '--experiment', name]) == 0
+    finally:
+        torch.use_deterministic_algorithms(algorithms)
+    one, two = (load_file(tmp_path / name / 'last' / 'model.safetensors') for name in ('one', 'two'))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @given(multiple=st.integers(1, 3), units=st.integers(2, 9), saved_by=st.integers(1, 4), world=st.integers(1, 6),

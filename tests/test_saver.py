@@ -174,6 +174,14 @@ def test_a_run_whose_last_checkpoint_was_not_written_says_so_at_its_end(tmp_path
     assert names(tmp_path) == ['last']
 
 
+def test_at_the_end_a_checkpoint_that_is_newer_than_the_last_epoch_stays(tmp_path):
+    saver = saver_of(tmp_path)
+    saver.save_epoch(snapshot(1))
+    saver.save_recovery(snapshot(1, 5))  # the epochs after it had losses that are not finite
+    saver.close(finished=True)
+    assert names(tmp_path) == ['last', 'recovery-1-5']
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     release, original = threading.Event(), checkpoint._write
     monkeypatch.setattr(checkpoint, '_write', lambda *args: (release.wait(20), original(*args))[1])

@@ -1,9 +1,12 @@
 """What Weights & Biases and TensorBoard are told, without an account or a network."""
 import csv
 import json
+import os
+import signal
 
 import pytest
 import wandb
+from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.sdk.wandb_run import Run
 
@@ -24,7 +27,9 @@ def tracked(tmp_path_factory):
 
     def starting(**kwargs):
         started.update({key: kwargs[key] for key in ('project', 'tags', 'name')})
-        return init(**kwargs)
+        run = init(**kwargs)
+        started.setdefault('runs', []).append([run.id, kwargs.get('resume')])
+        return run
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('WANDB_MODE', 'offline')
@@ -32,8 +37,21 @@ def tracked(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(Run, 'log', recording)
         patch.setattr(wandb, 'init', starting)
-        assert train.main([*RUN, '--output', str(folder), '--experiment', 'run', '--log-tensorboard', '--log-wandb',
-                           '--wandb-project', 'sizes', '--wandb-tags', 'one', 'two']) == 0
+        command = [*RUN, '--output', str(folder), '--experiment', 'run', '--log-tensorboard', '--log-wandb',
+                   '--wandb-project', 'sizes', '--wandb-tags', 'one', 'two', '--resume', 'auto']
+        calls, original = [], train.Training._after_step
+
+        def after_step(self, meter):  # stopped in the second epoch, between two log lines
+            calls.append(meter)
+            if len(calls) == self.data.num_steps + 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+            original(self, meter)
+
+        with pytest.MonkeyPatch.context() as stopping:
+            stopping.setattr(train.Training, '_after_step', after_step)
+            assert train.main(command) == 75
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert train.main(command) == 0
     (folder / 'logged.json').write_text(json.dumps(logged))
     (folder / 'init.json').write_text(json.dumps(started))
     return folder
@@ -90,4 +108,6 @@ def test_wandb_keeps_them_offline_with_project_and_tags(tracked):
     assert [[row[name] for name in columns] for row in results] in [table['data'] for table in tables]
     assert list((tracked / 'wandb').glob('offline-run-*/*.wandb'))
     started = json.loads((tracked / 'init.json').read_text())
+    (first, new), (again, continued) = started.pop('runs')
+    assert first == again and (new, continued) == (None, 'allow')  # a run that goes on is the same one there
     assert started == {'project': 'sizes', 'tags': ['one', 'two'], 'name': 'run'}
