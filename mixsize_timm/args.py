@@ -11,7 +11,7 @@ from timm.loss import CLASS_WEIGHT_METHODS
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from timm.utils import ParseKwargs
 
-from .checkpoint import holds_checkpoint, newest_checkpoint, run_folder
+from .checkpoint import checkpoints_of, holds_checkpoint, newest_checkpoint, run_folder
 from .datasets import DIGITS
 from .errors import UsageError, refusing
 from .parser import build_parser
@@ -42,7 +42,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     if os.path.isdir(resume):
         resumed = read_yaml(os.path.join(run_folder(resume), ARGS_FILE))
         own = ('resume', 'no_resume_opt', 'output', 'experiment', 'start_epoch', 'stop_epoch',
-               'wandb_resume_id')  # of that start only
+               'wandb_resume_id', 'resume_auto')  # of that start only
         layers.insert(0, {key: value for key, value in resumed.items() if key not in own})
     stated: Dict[str, Any] = {key: value for layer in layers for key, value in layer.items()}
     recipe: Dict[str, Any] = {}
@@ -55,6 +55,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         _set_defaults(parser, layer)
     args = parser.parse_args(argv)
     args.resume = resume
+    args.resume_auto = given.resume == 'auto' or (not given.resume and configured.get('resume') == 'auto')
     if recipe and args.opt != recipe['opt'] and args.opt_kwargs == recipe['opt_kwargs']:
         args.opt_kwargs = {}  # they were the other optimizer's
     _resolve(args, given)
@@ -74,7 +75,7 @@ def _resume_from(resume: str, output: str, experiment: str) -> str:
     if not experiment:
         raise UsageError('--resume auto needs --experiment, the name of the run\'s folder')
     folder = output_folder(output, experiment)
-    return folder if holds_checkpoint(newest_checkpoint(folder)) else ''
+    return folder if any(map(holds_checkpoint, (newest_checkpoint(folder), *checkpoints_of(folder)))) else ''
 
 
 def output_folder(output: str, experiment: str) -> str:
@@ -328,6 +329,9 @@ def _check_augmentation(args: argparse.Namespace) -> None:
         raise UsageError('--aug-splits must be 2 or more, or 0 for none')
     if args.split_bn and not (args.aug_splits or args.resplit):
         raise UsageError('--split-bn needs --aug-splits or --resplit')
+    if args.sync_bn and args.micro_batch_size == 'auto':
+        raise UsageError('--micro-batch-size auto and --sync-bn exclude each other: processes would wait for one '
+                         'another while they try')
     if args.split_bn and args.sync_bn:
         raise UsageError('--split-bn and --sync-bn exclude each other')
     if args.aug_splits and (mixing(args) or args.no_prefetcher or args.micro_batch_size):

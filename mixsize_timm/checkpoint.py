@@ -40,10 +40,12 @@ class Snapshot:
         tensors: Files of tensors.
         state: What ``state.json`` holds; ``None`` for a checkpoint of weights alone.
         position: Finished epochs, and finished steps of the next one.
+        steps: Optimizer steps since the run began, by which its checkpoints are older or newer.
     """
     tensors: Dict[str, Dict[str, torch.Tensor]] = field(repr=False)
     state: Optional[Any] = field(repr=False)
     position: Tuple[int, int]
+    steps: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -51,7 +53,8 @@ class Snapshot:
         return sum(t.numel() * t.element_size() for tensors in self.tensors.values() for t in tensors.values())
 
 
-def take_snapshot(model: Any, state: Any = None, ema: Any = None, position: Tuple[int, int] = (0, 0)) -> Snapshot:
+def take_snapshot(model: Any, state: Any = None, ema: Any = None, position: Tuple[int, int] = (0, 0), steps: int = 0
+                  ) -> Snapshot:
     """Copy what a checkpoint holds to host memory.
 
     Args:
@@ -59,6 +62,7 @@ def take_snapshot(model: Any, state: Any = None, ema: Any = None, position: Tupl
         state: What else training needs: nested dicts, lists and tuples of tensors and plain values.
         ema: Moving average of the model, saved as ``model_ema.safetensors``.
         position: Finished epochs, and finished steps of the next one.
+        steps: Optimizer steps since the run began.
 
     Raises:
         TypeError: ``state`` holds something else.
@@ -69,13 +73,7 @@ def take_snapshot(model: Any, state: Any = None, ema: Any = None, position: Tupl
     if state is not None:
         tensors[STATE_FILE] = {}
         plain = _pack(state, tensors[STATE_FILE])
-    return Snapshot(tensors, plain, position)
-
-
-def save_checkpoint(folder: str, model: Any, state: Any = None, ema: Any = None, *,
-                    position: Tuple[int, int] = (0, 0), keep_previous: bool = False) -> None:
-    """Write a checkpoint folder; arguments and errors as of :func:`take_snapshot` and :func:`write_snapshot`."""
-    write_snapshot(folder, take_snapshot(model, state, ema, position), keep_previous=keep_previous)
+    return Snapshot(tensors, plain, position, steps)
 
 
 def write_snapshot(folder: str, snapshot: Snapshot, *, keep_previous: bool = False) -> None:
@@ -91,16 +89,17 @@ def write_snapshot(folder: str, snapshot: Snapshot, *, keep_previous: bool = Fal
     """
     new = folder + '.new'
     try:
+        _check_numbers(snapshot)
         _remove(new)
         os.makedirs(new)
         _check_space(new, snapshot.num_bytes)
         files = {}
         for name, tensors in snapshot.tensors.items():
-            files[name] = _write(os.path.join(new, name), to_bytes(tensors, metadata={'format': 'pt'}))
+            files[name] = write_flushed(os.path.join(new, name), to_bytes(tensors, metadata={'format': 'pt'}))
         if snapshot.state is not None:
-            files[STATE_JSON] = _write(os.path.join(new, STATE_JSON), json.dumps(snapshot.state).encode())
-        manifest = {'position': list(snapshot.position), 'files': files}
-        _write(os.path.join(new, MANIFEST_FILE), (json.dumps(manifest, indent=2) + '\n').encode())
+            files[STATE_JSON] = write_flushed(os.path.join(new, STATE_JSON), json.dumps(snapshot.state).encode())
+        manifest = {'position': list(snapshot.position), 'steps': snapshot.steps, 'files': files}
+        write_flushed(os.path.join(new, MANIFEST_FILE), (json.dumps(manifest, indent=2) + '\n').encode())
         check_whole(new)
         _flush_folder(new)
         _replace(folder, keep_previous)
@@ -170,7 +169,7 @@ def checkpoints_of(run: str) -> List[str]:
     for entry in os.scandir(run) if os.path.isdir(run) else ():
         kept = entry.name.endswith('.old') or not os.path.splitext(entry.name)[1]  # not what is half written
         if kept and os.path.isfile(os.path.join(entry.path, STATE_JSON)):
-            found.append((position_of(entry.path), entry.name == LAST, entry.path))
+            found.append((age_of(entry.path), entry.name == LAST, entry.path))
     return [path for _, _, path in sorted(found, reverse=True)]
 
 
@@ -183,21 +182,28 @@ def newest_checkpoint(path: str) -> str:
 
 
 def position_of(folder: str) -> Tuple[int, int]:
-    """Finished epochs of a checkpoint, and finished steps of the next one; beyond all others where it does not say,
-    so that it is looked at, and warned of, first.
+    """Finished epochs of a checkpoint, and finished steps of the next one."""
+    return age_of(folder)[1:]
+
+
+def age_of(folder: str) -> Tuple[int, int, int]:
+    """What checkpoints of a run are ordered by, the newest last: steps since the run began, and :func:`position_of`.
+
+    One that does not say is beyond all others, so that it is looked at, and warned of, first.
     """
+    manifest = _manifest(folder)
     try:
-        epoch, step = _manifest(folder)['position']
-        return int(epoch), int(step)
+        epoch, step = manifest['position']
+        return int(manifest['steps']), int(epoch), int(step)
     except (KeyError, TypeError, ValueError):
-        return sys.maxsize, 0
+        return sys.maxsize, 0, 0
 
 
 def load_checkpoint(folder: str, model: nn.Module, ema: Optional[nn.Module] = None) -> Any:
     """Read a checkpoint folder into a model, if it is whole.
 
     Args:
-        folder: What :func:`save_checkpoint` wrote.
+        folder: What :func:`write_snapshot` wrote.
         model: Gets the weights and buffers.
         ema: Gets those of the moving average; the model's, where none was saved.
 
@@ -256,8 +262,8 @@ def _remove(folder: str) -> None:
         shutil.rmtree(folder)
 
 
-def _write(path: str, content: bytes) -> Dict[str, Any]:
-    """Write a file to the disk; what the manifest says of it."""
+def write_flushed(path: str, content: bytes) -> Dict[str, Any]:
+    """Write a file, to the disk; what a manifest says of it."""
     with open(path, 'wb') as file:
         file.write(content)
         file.flush()
@@ -273,6 +279,12 @@ def _flush_folder(path: str) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _check_numbers(snapshot: Snapshot) -> None:
+    for name, tensor in snapshot.tensors.get(MODEL_FILE, {}).items():
+        if tensor.is_floating_point() and tensor.isnan().any():  # of infinities there may be some, as in masks
+            raise ValueError(f'{name} holds what is not a number')
 
 
 def _check_space(folder: str, needed: int) -> None:

@@ -20,6 +20,10 @@ class UsageError(ValueError):
     """Something the user asked for cannot be done; the message is one line that says what to do."""
 
 
+class LocalError(UsageError):
+    """One that only this process knows of, so that it is the one to say it."""
+
+
 class Stopped(Exception):
     """A run was asked to stop, and can go on: by a signal, such as a scheduler sends, or by Ctrl-C.
 
@@ -73,8 +77,9 @@ def run_command(name: str, run: Callable[[], None], stopped: Callable[[], str], 
     try:
         run()
     except UsageError as error:
-        if first:
-            print(f'{name}: error: {mask(str(error))}', file=sys.stderr)
+        if first or isinstance(error, LocalError):
+            rank = f'rank {os.environ["RANK"]}: ' if isinstance(error, LocalError) and 'RANK' in os.environ else ''
+            print(f'{name}: error: {rank}{mask(str(error))}', file=sys.stderr)
         return USAGE
     except Stopped as error:
         if first:

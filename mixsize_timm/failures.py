@@ -8,10 +8,12 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from .datasets import BadImagesError
 from .engine import NonFiniteLoss
-from .errors import UsageError
+from .errors import LocalError, UsageError
 from .workers import WorkerError
 
 _LOST = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'Timed out waiting', 'gloo')
+
+_ENDED = 'another process of this run has ended'
 
 
 @contextmanager
@@ -24,7 +26,8 @@ def explaining(args: argparse.Namespace, loader: Any, where_to_go_on: Callable[[
         where_to_go_on: Says where the run can be continued from.
 
     Raises:
-        UsageError: In the place of such a failure.
+        UsageError: In the place of such a failure; a :class:`~mixsize_timm.errors.LocalError` where only this process
+            knows of it.
     """
     try:
         yield
@@ -35,7 +38,8 @@ def explaining(args: argparse.Namespace, loader: Any, where_to_go_on: Callable[[
         line = _line(failure, args)
         if not line:
             raise
-        raise UsageError(f'{line}; {where_to_go_on()}') from error
+        shared = isinstance(error, NonFiniteLoss) or line.startswith(_ENDED)
+        raise (UsageError if shared else LocalError)(f'{line}; {where_to_go_on()}') from error
 
 
 def _line(error: Exception, args: argparse.Namespace) -> str:
@@ -53,5 +57,5 @@ def _line(error: Exception, args: argparse.Namespace) -> str:
         return f'--deterministic: {text[:300]}'
     lost = isinstance(error, torch.distributed.DistError) or any(word in text for word in _LOST)
     if torch.distributed.is_initialized() and lost:
-        return f'another process of this run has ended, and its own message says why ({text[:150]})'
+        return f'{_ENDED}, and its own message says why ({text[:150]})'
     return ''

@@ -164,6 +164,9 @@ def check_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if getattr(args, name):
             raise UsageError(f'--{name.replace("_", "-")} cannot be had with FSDP: leave it out, or use plain data '
                              'parallelism')
+    if args.micro_batch_size == 'auto':
+        raise UsageError('--micro-batch-size auto cannot be had with FSDP, whose processes would wait for one another: '
+                         'give a number')
     if args.clip_grad is not None and args.clip_mode == 'agc':
         raise UsageError('--clip-mode agc cannot be had with FSDP, where each process has a part of a unit: use norm')
     if args.opt not in _SHARDED_OPTIMIZERS:

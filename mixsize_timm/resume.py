@@ -1,4 +1,5 @@
 """What a run needs to go on as if it had not stopped, besides the model: gathered, and put back."""
+import hashlib
 import logging
 import os
 import pickle
@@ -10,7 +11,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from torch import nn
 
-from .checkpoint import check_whole, checkpoints_of, load_checkpoint, run_folder
+from .checkpoint import LAST, check_whole, checkpoints_of, load_checkpoint, run_folder
 from .data import MixSizeLoader
 from .engine import Progress
 from .errors import UsageError, refusing
@@ -68,7 +69,8 @@ def training_state(run: Any) -> Dict[str, Any]:
         'task': [run.task.get_task_state(), run.task.get_task_state(ema=True)],
         'smoother': run.smoother.state_dict() if run.smoother else None,
         'scaler': scaler.state_dict() if scaler else None,
-        'plateau': run.lr_scheduler.lr_scheduler.state_dict() if run.args.sched == 'plateau' else None,
+        'plateau': _plateau_state(run.lr_scheduler) if run.args.sched == 'plateau' else None,
+        'plan': _plan_digest(run),
         'random': gather_object([random_state()]),
         'buffers': gather_object([_buffers(run)]),
         'bad_images': [[index, *bad] for index, bad in share_bad_images(run.data.loader).items()],
@@ -76,13 +78,12 @@ def training_state(run: Any) -> Dict[str, Any]:
     }
 
 
-def restore(run: Any, path: str) -> None:
-    """Continue a run of ours, given its folder or a checkpoint in it.
+def restore(run: Any, folder: str) -> None:
+    """Continue a run of ours from a checkpoint.
 
     Raises:
         UsageError: It cannot be read, or does not fit the arguments.
     """
-    folder = newest_whole(path, run.accelerator)
     try:
         state = load_checkpoint(folder, run.model, run.ema)
     except (OSError, ValueError) as error:
@@ -91,7 +92,7 @@ def restore(run: Any, path: str) -> None:
         if task_state and (not ema or run.ema is not None):
             run.task.load_task_state(task_state, ema=ema)
     if not run.args.no_resume_opt:
-        _restore_optimizer(run, state, path)
+        _restore_optimizer(run, state, folder)
     processes = run.accelerator.num_processes
     if len(state['random']) == processes:
         set_random_state(state['random'][run.accelerator.process_index])
@@ -100,10 +101,7 @@ def restore(run: Any, path: str) -> None:
         _logger.warning('The run was saved by %d processes and goes on with %d: the batches stay those of %d, and '
                         'dropout is drawn anew', len(state['random']), processes, state['world_size'])
     run.progress = Progress.from_dict(state['progress'])
-    if run.progress.step and not isinstance(run.data.loader, MixSizeLoader):
-        _logger.warning("timm's own loader cannot go on inside an epoch: epoch %d is trained from its beginning",
-                        run.progress.epoch)
-        run.progress.start_epoch(run.progress.epoch)
+    _check_place(run, state['plan'])
     share_bad_images(run.data.loader, {index: (name, reason) for index, name, reason in state['bad_images']})
     with refusing():
         run.starts = read_run(run_folder(folder)).get('starts', [])
@@ -112,8 +110,7 @@ def restore(run: Any, path: str) -> None:
         run.wandb_id = state['wandb']
     if in_place and state['metric'] == run.metric:  # else another folder's best, or of another scale
         run.best = state['best']
-        run.history = CheckpointHistory(run.folder, run.args.checkpoint_hist, state['history'])
-    run.resumed_from = folder
+        run.history = CheckpointHistory(run.folder, run.args.checkpoint_hist, state['history'], run.progress.epoch)
 
 
 def restore_timms(run: Any, path: str) -> None:
@@ -148,14 +145,24 @@ def share_bad_images(loader: Any, known: Optional[BadImages] = None) -> BadImage
     return dict(sorted(loader.bad_images.items()))
 
 
-def set_aside_torn(run: Any) -> None:
-    """Rename what is newer than the checkpoint that a run goes on from in place, so that it does not stand for it."""
+def tidy(run: Any) -> None:
+    """Bring the folder of a run that goes on in place to the state of the checkpoint that it goes on from.
+
+    What is newer was torn, and is renamed; what is half written is removed; copies that were not made are.
+    """
+    run.saver.remove_half_written()
+    _set_aside_torn(run)
+    if os.path.basename(run.resumed_from) == LAST:
+        run.saver.keep_last(run.progress.epoch)
+
+
+def _set_aside_torn(run: Any) -> None:
     for folder in checkpoints_of(run.folder):
         if os.path.realpath(folder) == os.path.realpath(run.resumed_from):
             return
         shutil.rmtree(folder + '.torn', ignore_errors=True)
         os.replace(folder, folder + '.torn')
-        _logger.warning('%s is not whole and is %s.torn now', folder, os.path.basename(folder))
+        _logger.warning('%s is not gone on from, and is %s.torn now', folder, os.path.basename(folder))
 
 
 def _restore_optimizer(run: Any, state: Dict[str, Any], path: str) -> None:
@@ -171,7 +178,38 @@ def _restore_optimizer(run: Any, state: Dict[str, Any], path: str) -> None:
     if run.accelerator.scaler and state['scaler']:
         run.accelerator.scaler.load_state_dict(state['scaler'])
     if run.args.sched == 'plateau' and state['plateau']:
-        run.lr_scheduler.lr_scheduler.load_state_dict(state['plateau'])
+        run.lr_scheduler.lr_scheduler.load_state_dict(state['plateau']['history'])
+        run.lr_scheduler.restore_lr = state['plateau']['restore_lr']
+
+
+def _plateau_state(scheduler: Any) -> Dict[str, Any]:
+    """State of timm's plateau schedule: its history, and the rates that noise was laid on."""
+    return {'history': scheduler.lr_scheduler.state_dict(), 'restore_lr': scheduler.restore_lr}
+
+
+def _plan_digest(run: Any) -> str:
+    """Stands for the plan of an epoch that is underway; empty between epochs, and for a loader that is not ours."""
+    if not run.progress.step or not isinstance(run.data.loader, MixSizeLoader):
+        return ''
+    plan, digest = run.data.start_epoch(run.progress.epoch, run.progress.step), hashlib.sha256()
+    for array in (plan.size, plan.batch, plan.duplicates, plan.step, plan.order):
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _check_place(run: Any, plan: str) -> None:
+    """Begin an epoch again that cannot be gone on with."""
+    progress = run.progress
+    if not progress.step or progress.step == run.data.num_steps and not plan:  # only its validation is left
+        return
+    if not isinstance(run.data.loader, MixSizeLoader):
+        why = "timm's own loader cannot go on inside an epoch"
+    elif _plan_digest(run) != plan:
+        why = 'the images or the arguments make another plan of the epoch than it was begun with'
+    else:
+        return
+    _logger.warning('%s: epoch %d is trained from its beginning', why, progress.epoch)
+    progress.start_epoch(progress.epoch)
 
 
 def _buffers(run: Any) -> Optional[List[Dict[str, torch.Tensor]]]:

@@ -7,7 +7,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Callable, List, Optional, Sequence, Tuple
 
-from .checkpoint import LAST, RECOVERY, SaveError, Snapshot, copy_checkpoint, position_of, write_snapshot
+from .checkpoint import LAST, RECOVERY, SaveError, Snapshot, age_of, copy_checkpoint, write_snapshot
 
 _logger = logging.getLogger(__name__)
 
@@ -19,19 +19,29 @@ class CheckpointHistory:
         folder: The run's folder.
         limit: Number of checkpoints to keep.
         entries: Epoch and metric of those that are kept, of a run that is resumed.
+        epochs: Its finished epochs: later entries are of epochs that are trained once more. Of the last of them the
+            checkpoint may be missing still, where the run was killed before it was copied.
     """
 
-    def __init__(self, folder: str, limit: int, entries: Sequence[Tuple[int, float]] = ()) -> None:
+    def __init__(self, folder: str, limit: int, entries: Sequence[Tuple[int, float]] = (), epochs: int = 0) -> None:
         self.folder = folder
         self.limit = limit
-        self.entries = [(epoch, metric) for epoch, metric in entries if os.path.isdir(self._path(epoch))]
+        self.entries = [(epoch, metric) for epoch, metric in entries
+                        if epoch == epochs - 1 or (epoch < epochs and os.path.isdir(self._path(epoch)))]
         self._removed: List[int] = []
+        self._before = list(self.entries), list(self._removed)
 
     def rank(self, epoch: int, metric: float) -> None:
         """Give an epoch its place: a higher metric is better, and of equal ones the earlier epoch."""
-        ranked = sorted([*self.entries, (epoch, metric)], key=lambda entry: (-entry[1], entry[0]))
+        self._before = list(self.entries), list(self._removed)
+        others = [entry for entry in self.entries if entry[0] != epoch]  # it may be trained once more
+        ranked = sorted([*others, (epoch, metric)], key=lambda entry: (-entry[1], entry[0]))
         self.entries, without = ranked[:self.limit], ranked[self.limit:]
         self._removed += [other for other, _ in without if other != epoch]
+
+    def undo(self) -> None:
+        """Take the last :meth:`rank` back: there is no checkpoint of its epoch."""
+        self.entries, self._removed = self._before
 
     def keep(self, epoch: int) -> None:
         """Keep ``last`` as the checkpoint of an epoch if it has a place, and remove those that lost theirs."""
@@ -108,25 +118,44 @@ class CheckpointSaver:
 
         self._submit(job)
 
-    def save_epoch(self, snapshot: Snapshot, best: Optional[Snapshot] = None) -> None:
+    def save_epoch(self, snapshot: Snapshot, best: Optional[Snapshot] = None,
+                   on_lost_best: Callable[[], None] = lambda: None) -> None:
         """Write the checkpoint of a finished epoch, keep it where it has a place, and remove what lost its own.
 
         Args:
             snapshot: The checkpoint.
             best: The weights to keep as the best, where the epoch is.
+            on_lost_best: Called where these cannot be written.
         """
-        epoch = snapshot.position[0]
-
         def job() -> None:
-            if best is not None:  # first: the state that follows says that it is there
-                write_snapshot(os.path.join(self.folder, 'best'), best)
-            write_snapshot(os.path.join(self.folder, LAST), snapshot, keep_previous=True)
-            self.history.keep(epoch - 1)
-            if epoch in self.milestones:
-                copy_checkpoint(os.path.join(self.folder, LAST), os.path.join(self.folder, f'milestone-{epoch}'))
+            try:
+                if best is not None:  # first: the state that follows says that it is there
+                    write_snapshot(os.path.join(self.folder, 'best'), best)
+            except SaveError:
+                on_lost_best()
+                self.history.undo()
+                raise
+            try:
+                write_snapshot(os.path.join(self.folder, LAST), snapshot, keep_previous=True)
+                self.keep_last(snapshot.position[0])
+            except SaveError:
+                self.history.undo()
+                raise
             self._prune_recovery(self.NUM_RECOVERY)
 
         self._submit(job)
+
+    def keep_last(self, epoch: int) -> None:
+        """Keep ``last``, of so many finished epochs, under its other names, and remove what lost its place."""
+        if epoch in self.milestones:
+            copy_checkpoint(os.path.join(self.folder, LAST), os.path.join(self.folder, f'milestone-{epoch}'))
+        self.history.keep(epoch - 1)
+
+    def remove_half_written(self) -> None:
+        """Remove what a run that was killed has left half written."""
+        for name in ('best', LAST, RECOVERY + '*', 'checkpoint-*', 'milestone-*'):
+            for path in glob.glob(os.path.join(glob.escape(self.folder), name + '.new')):
+                shutil.rmtree(path, ignore_errors=True)
 
     def wait(self) -> None:
         """Wait for what is being written."""
@@ -167,7 +196,7 @@ class CheckpointSaver:
         found = glob.glob(os.path.join(glob.escape(self.folder), RECOVERY + '*'))
         whole = [path for path in found if not os.path.splitext(path)[1]]
         last = os.path.join(self.folder, LAST)
-        done = position_of(last) if os.path.isdir(last) else (0, 0)
-        for path in sorted(whole, key=position_of, reverse=True)[number:]:
-            if number or position_of(path) < done:
+        done = age_of(last) if os.path.isdir(last) else (0, 0, 0)
+        for path in sorted(whole, key=age_of, reverse=True)[number:]:
+            if number or age_of(path) < done:
                 shutil.rmtree(path, ignore_errors=True)

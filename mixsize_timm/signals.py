@@ -54,14 +54,15 @@ class StopRequest:
         self._before = {}
 
     def stop_at_once(self) -> None:
-        """From now on nothing is left to be finished: a signal raises where it comes.
+        """From now on nothing is left to be finished: a signal raises where it comes. Called by every process.
 
         Raises:
-            Stopped: It has come.
+            Stopped: It has come, to any process.
         """
+        reasons = [self.agreed()[0] for _ in range(2)]  # the second answer is of what was known at the first
         self._at_once = True
-        if self._noted:
-            raise Stopped(_name(self._noted))
+        if any(reasons):
+            raise Stopped(max(reasons))
 
     def agreed(self, also: bool = False) -> Tuple[str, bool]:
         """What all processes have been asked for; they must call it after the same steps.

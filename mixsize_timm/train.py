@@ -6,9 +6,11 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
+from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -28,11 +30,11 @@ from .checkpoint import (
     RECOVERY,
     SaveError,
     checkpoints_of,
-    newest_checkpoint,
     position_of,
     read_state,
     run_folder,
     take_snapshot,
+    write_flushed,
 )
 from .data import MixSizeLoader
 from .datasets import class_names
@@ -47,7 +49,7 @@ from .processes import shards
 from .provenance import RUN_FILE, command_line, environment
 from .regularization import SizeRegularization
 from .report import METRIC_NAMES, SIZES_FILE, format_table, make_curves, write_sizes
-from .resume import restore, restore_timms, set_aside_torn, share_bad_images, training_state
+from .resume import newest_whole, restore, restore_timms, share_bad_images, tidy, training_state
 from .saver import CheckpointHistory, CheckpointInterval, CheckpointSaver
 from .sharding import full_model_state, load_whole
 from .signals import StopRequest
@@ -84,11 +86,12 @@ class Training:
     def __init__(self, args: argparse.Namespace, command: str = '') -> None:
         self.args = args
         self.command = command
-        self.stated = dict(vars(args))  # before anything is derived from it
+        self.stated = {key: value for key, value in vars(args).items() if key != 'resume_auto'}  # as it was asked for
         self.accelerator = create_accelerator(args)
         random_seed(args.seed, self.accelerator.process_index)
         model = create_model(args)
-        self.data = Data(args, model, self.accelerator, read_state(newest_checkpoint(args.resume), 'world_size'))
+        self.resumed_from = newest_whole(args.resume, self.accelerator) if os.path.isdir(args.resume) else ''
+        self.data = Data(args, model, self.accelerator, read_state(self.resumed_from, 'world_size'))
         self.data.describe()
         args.lr = scale_lr(args, self.data)
         self._copy = copy.deepcopy(model) if shards(self.accelerator) else None
@@ -106,18 +109,18 @@ class Training:
         self.best: Optional[float] = None
         self.starts: List[Dict[str, Any]] = []
         self.wandb_id: Optional[str] = None
-        self.resumed_from = ''
         self.folder = self._choose_folder()
         self.history = CheckpointHistory(self.folder, args.checkpoint_hist)
-        if os.path.isdir(args.resume):
-            restore(self, args.resume)
+        self.micro_batch_size = self._choose_micro_batches()  # before a resumed optimizer's state takes memory
+        if self.resumed_from:
+            restore(self, self.resumed_from)
         elif args.resume:
             restore_timms(self, args.resume)
         if args.start_epoch is not None:
             self.progress.start_epoch(args.start_epoch)
+            self.history = CheckpointHistory(self.folder, args.checkpoint_hist, self.history.entries, args.start_epoch)
         if self.progress.epoch or self.progress.step:
             self._set_schedule()
-        self.micro_batch_size = self._choose_micro_batches()
         self.interval = CheckpointInterval(args.checkpoint_interval)
         self.saver = CheckpointSaver(self.folder, self.history, args.save_epochs)
         self.stop = StopRequest(self.accelerator)
@@ -151,11 +154,15 @@ class Training:
                     self._train_epochs()
                 finally:
                     self._list_bad_images()
-                    self._close_saver()
+                    self.saver.wait()
+                self._close_saver()
                 self.stop.stop_at_once()
                 self._report_sizes()
-        finally:
-            self.accelerator.end_training()
+        except (Stopped, UsageError):
+            for tracker in self.accelerator.trackers:  # the group of processes is left to its launcher
+                tracker.finish()
+            raise
+        self.accelerator.end_training()
 
     def _train_epochs(self) -> None:
         progress = self.progress
@@ -179,7 +186,8 @@ class Training:
         plan = self.data.start_epoch(epoch, self.progress.step)
         with _compile_limit() if args.torchcompile else nullcontext():
             metrics = train_one_epoch(
-                self.progress, self.task, self.data.loader, plan, self.optimizer, accelerator, smoother=self.smoother,
+                self.progress, self.task, self.data.loader if self.progress.step < plan.num_steps else (), plan,
+                self.optimizer, accelerator, smoother=self.smoother,
                 lr_scheduler=self.lr_scheduler, mixup_fn=self.data.mixup_fn,
                 mixup_seed=args.seed if self.data.regime is not None else None,
                 set_size=self.regularization.set_size if self.regularization else None,
@@ -219,7 +227,7 @@ class Training:
         state, weights = training_state(self), full_model_state(self.model)
         if self.accelerator.is_main_process:
             position = self.progress.epoch, self.progress.step
-            self.saver.save_recovery(take_snapshot(weights, state, self.ema, position))
+            self.saver.save_recovery(take_snapshot(weights, state, self.ema, position, self.progress.steps))
 
     def _close_saver(self) -> None:
         try:
@@ -265,16 +273,17 @@ class Training:
                             self.progress.nonfinite_since)
             return
         rank = float('-inf') if math.isnan(metric) else -metric if self.data.decreasing_metric else metric
-        improved = self.best is None or rank > self.best
-        self.best = rank if improved else self.best
         self.saver.wait()  # the ranks are read while a checkpoint is written
+        improved, best = self.best is None or rank > self.best, self.best
+        self.best = rank if improved else self.best
         self.history.rank(epoch, rank)
         state, weights = training_state(self), full_model_state(self.model)
         self.interval.restart()
         if self.accelerator.is_main_process:
             self.saver.save_epoch(
-                take_snapshot(weights, state, self.ema, (epoch + 1, 0)),
-                take_snapshot(used['model'], ema=used.get('ema'), position=(epoch + 1, 0)) if improved else None)
+                take_snapshot(weights, state, self.ema, (epoch + 1, 0), self.progress.steps),
+                take_snapshot(used['model'], ema=used.get('ema'), position=(epoch + 1, 0)) if improved else None,
+                on_lost_best=partial(setattr, self, 'best', best))
 
     def _count_faults(self) -> Dict[str, int]:
         """Images that could not be read by any process, and steps that overflowed, since the run began."""
@@ -435,8 +444,10 @@ class Training:
             return folder
         others = (LAST, LAST + '.old', RECOVERY + '*', 'best', SIZES_FILE, SUMMARY_FILE, 'checkpoint-*', 'milestone-*',
                   '*.pth.tar')  # the last are of timm's script
-        found = [path for other in others for path in glob.glob(os.path.join(glob.escape(folder), other))]
-        if any(not path.endswith('.new') for path in found):  # half written by one that was killed
+        found = [path for other in others for path in glob.glob(os.path.join(glob.escape(folder), other))
+                 if not path.endswith('.new')]  # half written by one that was killed
+        begun = args.resume_auto and {os.path.basename(path) for path in found} <= {SUMMARY_FILE, 'best'}
+        if found and not begun:  # what --resume auto found nothing to go on from in, was killed before there was any
             raise UsageError(f'{folder} already holds a run: choose another --experiment, or --resume {folder}')
         return folder
 
@@ -445,9 +456,9 @@ class Training:
         if self.accelerator.is_main_process:
             try:
                 os.makedirs(self.folder, exist_ok=True)
-                if os.path.realpath(run_folder(self.resumed_from)) == os.path.realpath(self.folder):
-                    set_aside_torn(self)
-                trim_summary(os.path.join(self.folder, SUMMARY_FILE), self.progress.epoch)
+                if self.resumed_from and os.path.samefile(run_folder(self.resumed_from), self.folder):
+                    tidy(self)
+                self._trim_summary()
                 _write_text(os.path.join(self.folder, ARGS_FILE), yaml.safe_dump(self.stated))
                 _write_text(os.path.join(self.folder, RUN_FILE), json.dumps(self._describe(), indent=2) + '\n')
             except OSError as error:
@@ -464,6 +475,14 @@ class Training:
                      self.progress.epoch, self.stop_epoch - 1, self.accelerator.num_processes,
                      'process' if self.accelerator.num_processes == 1 else 'processes',
                      self.accelerator.device.type, self.folder)
+
+    def _trim_summary(self) -> None:
+        """Leave the epochs out of the summary that are trained once more."""
+        path = os.path.join(self.folder, SUMMARY_FILE)
+        if os.path.exists(path):
+            shutil.copyfile(path, path + '.new')
+            trim_summary(path + '.new', self.progress.epoch)
+            os.replace(path + '.new', path)
 
     def _describe(self) -> Dict[str, Any]:
         """What the run's folder says of its starts and its data."""
@@ -492,8 +511,7 @@ def _summary(metrics: Dict[str, float]) -> str:
 
 
 def _write_text(path: str, text: str) -> None:
-    with open(path + '.new', 'w', encoding='utf-8') as file:
-        file.write(text)
+    write_flushed(path + '.new', text.encode())
     os.replace(path + '.new', path)
 
 

@@ -7,6 +7,8 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from mixsize_timm.checkpoint import take_snapshot, write_snapshot
+
 
 @pytest.fixture(autouse=True)
 def fresh_state():
@@ -32,3 +34,8 @@ def image_folder(tmp_path):
         for number, name in enumerate(('cat', 'dog')):
             write_images(tmp_path / 'data' / split / name, count, seed=number)
     return tmp_path / 'data'
+
+
+def save_checkpoint(folder, model, state=None, ema=None, position=(0, 0)):
+    """Write a checkpoint as a run does."""
+    write_snapshot(str(folder), take_snapshot(model, state, ema, position, position[0] * 100 + position[1]))

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import save_checkpoint
 from timm.optim import create_optimizer_v2
 
-from mixsize_timm.checkpoint import load_checkpoint, save_checkpoint
+from mixsize_timm.checkpoint import load_checkpoint
 from mixsize_timm.randomness import random_state, set_random_state
 
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import timm
 import torch
+from conftest import save_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -14,7 +15,7 @@ from timm.utils import CheckpointSaver
 
 from mixsize_timm import train
 from mixsize_timm.args import parse_args
-from mixsize_timm.checkpoint import copy_checkpoint, newest_checkpoint, run_folder, save_checkpoint
+from mixsize_timm.checkpoint import copy_checkpoint, newest_checkpoint, run_folder
 from mixsize_timm.saver import CheckpointHistory
 
 TINY = ['--model', 'test_resnet', '-j', '0', '-b', '8', '--opt', 'sgd', '--lr', '0.05', '--warmup-epochs', '0',

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from conftest import save_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from mixsize_timm.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     position_of,
-    save_checkpoint,
     take_snapshot,
 )
 from mixsize_timm.saver import CheckpointHistory, CheckpointInterval, CheckpointSaver
@@ -35,7 +35,7 @@ def saver_of(folder, *milestones, limit=1):
 
 
 def snapshot(epoch, step=0):
-    return take_snapshot(Tiny(epoch), {'epoch': epoch}, position=(epoch, step))
+    return take_snapshot(Tiny(epoch), {'epoch': epoch}, position=(epoch, step), steps=100 * epoch + step)
 
 
 def names(folder):
@@ -97,14 +97,14 @@ def test_a_full_disk_leaves_what_is_there_and_says_how_much_is_missing(tmp_path,
         patch.setattr(shutil, 'disk_usage', lambda path: usage)
         with pytest.raises(SaveError, match='No space left on device: it has 24 bytes, 14 bytes are missing'):
             save_checkpoint(str(last), Tiny(2.), position=(2, 0))
-    original = checkpoint._write
+    original = checkpoint.write_flushed
 
     def write(path, content):  # a quota, which the size of the disk does not tell of
         if path.endswith('state.json'):
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
         return original(path, content)
 
-    monkeypatch.setattr(checkpoint, '_write', write)
+    monkeypatch.setattr(checkpoint, 'write_flushed', write)
     with pytest.raises(SaveError, match='quota'):
         save_checkpoint(str(last), Tiny(2.), {'epoch': 2}, position=(2, 0))
     assert names(tmp_path) == ['last'] and load_checkpoint(str(last), Tiny()) == {'epoch': 1}
@@ -113,7 +113,7 @@ def test_a_full_disk_leaves_what_is_there_and_says_how_much_is_missing(tmp_path,
 def test_what_was_written_otherwise_than_it_was_meant_does_not_replace_anything(tmp_path, monkeypatch):
     last = tmp_path / 'last'
     save_checkpoint(str(last), Tiny(1.), {'epoch': 1}, position=(1, 0))
-    original = checkpoint._write
+    original = checkpoint.write_flushed
 
     def write(path, content):  # a disk that loses the end of a file and says nothing
         said = original(path, content)
@@ -121,7 +121,7 @@ def test_what_was_written_otherwise_than_it_was_meant_does_not_replace_anything(
             file.truncate(len(content) - 1)
         return said
 
-    monkeypatch.setattr(checkpoint, '_write', write)
+    monkeypatch.setattr(checkpoint, 'write_flushed', write)
     with pytest.raises(SaveError, match='cannot save .*last: the checkpoint .* is not whole'):
         save_checkpoint(str(last), Tiny(2.), {'epoch': 2}, position=(2, 0))
     assert names(tmp_path) == ['last'] and position_of(str(last)) == (1, 0)
@@ -183,8 +183,8 @@ def test_at_the_end_a_checkpoint_that_is_newer_than_the_last_epoch_stays(tmp_pat
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    release, original = threading.Event(), checkpoint._write
-    monkeypatch.setattr(checkpoint, '_write', lambda *args: (release.wait(20), original(*args))[1])
+    release, original = threading.Event(), checkpoint.write_flushed
+    monkeypatch.setattr(checkpoint, 'write_flushed', lambda *args: (release.wait(20), original(*args))[1])
     saver = saver_of(tmp_path)
     saver.save_recovery(snapshot(0, 1))  # returns although nothing can be written yet
     assert not (tmp_path / 'recovery-0-1').exists()

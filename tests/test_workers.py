@@ -40,10 +40,19 @@ def loader_of(act, **kwargs):
                          **{**options, **kwargs})
 
 
+OTHERS = set()  # processes that were there before a test, such as a tracker's
+
+
+@pytest.fixture(autouse=True)
+def others():
+    OTHERS.clear()
+    OTHERS.update(psutil.Process().children(recursive=True))
+
+
 def children():
     gc.collect()
     return [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE
-            and 'resource_tracker' not in ' '.join(child.cmdline())]
+            and child not in OTHERS and 'resource_tracker' not in ' '.join(child.cmdline())]
 
 
 def failure(loader):
