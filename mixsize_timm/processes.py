@@ -15,7 +15,7 @@ from torch import nn
 
 from ._version import __version__
 from .errors import UsageError, refusing
-from .provenance import _launcher
+from .provenance import launcher_command
 
 _PLAIN = 'configure Accelerate for plain data parallelism, or for FSDP with fsdp_version: 2'
 _FOREIGN = {
@@ -116,7 +116,7 @@ def _launched_for() -> Tuple[int, str]:
 
     A launcher of a single process says neither in the environment, so its command line and configuration are read.
     """
-    words = _launcher()
+    words = launcher_command()
     names = [os.path.basename(word) for word in words[:4]]
     start = next((number for number, name in enumerate(names)
                   if name in ('launch', 'accelerate-launch', 'accelerate.commands.launch', 'launch.py')), None)

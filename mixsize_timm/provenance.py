@@ -39,7 +39,7 @@ def command_line(argv: Optional[Sequence[str]], module: str) -> str:
         module: Module of the command.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    for words in (_launcher(), list(sys.orig_argv)):
+    for words in (launcher_command(), list(sys.orig_argv)):
         if words[len(words) - len(arguments):] == arguments and any(_names(word, module) for word in words):
             return shlex.join(_typed(words))
     return shlex.join(['python', '-m', module, *arguments])
@@ -50,7 +50,7 @@ def _names(word: str, module: str) -> bool:
     return word == module or os.path.basename(word) == 'mixsize' or word.endswith(module.replace('.', os.sep) + '.py')
 
 
-def _launcher() -> List[str]:
+def launcher_command() -> List[str]:
     """Command line of the process that started this one; empty where it cannot be read."""
     try:
         return psutil.Process().parent().cmdline()  # a launcher waits for what it launched

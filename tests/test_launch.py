@@ -30,7 +30,7 @@ def alone(monkeypatch):
     for name in [*processes._WORLDS, *(name for name in os.environ if name.startswith('ACCELERATE_'))]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', ':16:8')  # and deleted behind the test, if it was not there
-    monkeypatch.setattr(processes, '_launcher', lambda: [])
+    monkeypatch.setattr(processes, 'launcher_command', lambda: [])
     before = torch.are_deterministic_algorithms_enabled()
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     benchmark, threads = torch.backends.cudnn.benchmark, torch.get_num_threads()
@@ -133,7 +133,7 @@ def test_processes_that_are_alone_are_refused(monkeypatch, name, message):
 def test_a_launcher_that_starts_something_else_than_it_was_asked_for_is_refused(monkeypatch, tmp_path, words, message):
     file = tmp_path / 'config.yaml'
     file.write_text('distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\nmixed_precision: "no"\n')
-    monkeypatch.setattr(processes, '_launcher', lambda: words.format(file=file).split())
+    monkeypatch.setattr(processes, 'launcher_command', lambda: words.format(file=file).split())
     with pytest.raises(UsageError, match=message):
         create_accelerator(arguments())
 
@@ -142,7 +142,7 @@ def test_a_launcher_that_starts_something_else_than_it_was_asked_for_is_refused(
                                    'python -m pytest launch', 'accelerate launch --cpu script.py --num_processes 2',
                                    'accelerate launch --unknown'])
 def test_a_launcher_of_one_process_is_not(monkeypatch, words):
-    monkeypatch.setattr(processes, '_launcher', words.split)
+    monkeypatch.setattr(processes, 'launcher_command', words.split)
     assert create_accelerator(arguments()).num_processes == 1
 
 

@@ -163,6 +163,22 @@ def test_a_save_that_fails_is_said_and_removes_nothing_and_the_next_one_makes_up
     assert 'checkpoint-0' not in names(tmp_path) and position_of(str(tmp_path / 'last')) == (4, 0)
 
 
+def test_an_epoch_that_was_not_saved_takes_no_place_among_the_best(tmp_path, monkeypatch):
+    saver, lost = saver_of(tmp_path), []
+    for epoch, metric in enumerate((50., 90., 70.)):
+        saver.wait()
+        saver.history.rank(epoch, metric)
+        with monkeypatch.context() as patch:
+            if epoch == 1:
+                patch.setattr(checkpoint, '_check_space', lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, 'bad')))
+            saver.save_epoch(snapshot(epoch + 1), best=take_snapshot(Tiny()), on_lost_best=lambda: lost.append(1))
+            saver.wait()
+        if epoch == 1:
+            assert saver.history.entries == [(0, 50.)] and 'checkpoint-0' in names(tmp_path) and lost == [1]
+    saver.close()
+    assert 'checkpoint-2' in names(tmp_path) and 'checkpoint-0' not in names(tmp_path) and lost == [1]
+
+
 def test_a_run_whose_last_checkpoint_was_not_written_says_so_at_its_end(tmp_path, monkeypatch):
     saver = saver_of(tmp_path)
     saver.save_epoch(snapshot(1))
