@@ -42,6 +42,8 @@ class WorkerInit:
         for name in ('SIGINT', 'SIGHUP', 'SIGUSR1'):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
+        # in the place of torch's, for threads that a library started before this, which the mask below does not reach
+        signal.signal(signal.SIGTERM, self._end_later)
         if hasattr(signal, 'sigwaitinfo'):  # elsewhere nobody can tell who sent a signal
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
             threading.Thread(target=self._await_end, name='data-worker-end', daemon=True).start()
@@ -49,8 +51,12 @@ class WorkerInit:
     def _await_end(self) -> None:
         """End at once when the main process asks, and later when somebody else does."""
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-            signal.alarm(self.SECONDS)
+            self._end_later()
         os._exit(0)
+
+    @classmethod
+    def _end_later(cls, *_: Any) -> None:
+        signal.alarm(cls.SECONDS)
 
 
 class Read(NamedTuple):

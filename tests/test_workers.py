@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -81,8 +82,21 @@ def test_a_worker_that_dies_is_named_with_its_end_and_its_image(act, said):
     assert not children()
 
 
-def test_a_worker_outlives_a_signal_to_all_processes_of_a_run_and_ends_when_it_is_not_needed():
-    loader = loader_of(lambda index: time.sleep(0.01))
+@pytest.mark.parametrize('library', [False, True])
+def test_a_worker_outlives_a_signal_to_all_processes_of_a_run_and_ends_when_it_is_not_needed(library):
+    threads = []
+
+    def act(index):
+        if library and not threads:  # as those that a library starts with a process: signals may come to it
+            threads.append(threading.Thread(target=listen, daemon=True))
+            threads[0].start()
+        time.sleep(0.01)
+
+    def listen():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        time.sleep(600)
+
+    loader = loader_of(act)
     iterator = iter(loader)
     next(iterator)
     worker = children()[0]
