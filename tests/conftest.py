@@ -27,13 +27,18 @@ def write_images(folder, count, size=(40, 30), seed=0):
         Image.fromarray(pixels).save(folder / f'{i:03d}.jpg')
 
 
-@pytest.fixture
-def image_folder(tmp_path):
+def write_image_folder(folder):
     """An image folder as timm reads it: ``train`` and ``validation``, two classes each."""
     for split, count in (('train', 12), ('validation', 4)):
         for number, name in enumerate(('cat', 'dog')):
-            write_images(tmp_path / 'data' / split / name, count, seed=number)
-    return tmp_path / 'data'
+            write_images(folder / split / name, count, seed=number)
+    return folder
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """One for each test."""
+    return write_image_folder(tmp_path / 'data')
 
 
 def save_checkpoint(folder, model, state=None, ema=None, position=(0, 0)):

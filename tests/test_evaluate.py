@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from conftest import write_images
+from conftest import write_image_folder
 from safetensors.torch import save_file
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import accuracy
@@ -36,11 +36,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope='module')
 def image_folder(tmp_path_factory):
     """That of conftest.py, made once: nothing here writes into it."""
-    folder = tmp_path_factory.mktemp('images')
-    for split, count in (('train', 12), ('validation', 4)):
-        for number, name in enumerate(('cat', 'dog')):
-            write_images(folder / split / name, count, seed=number)
-    return folder
+    return write_image_folder(tmp_path_factory.mktemp('images'))
 
 
 @pytest.fixture(scope='module')

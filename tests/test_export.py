@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import write_images
+from conftest import write_image_folder
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
@@ -31,11 +31,7 @@ FAMILIES = {
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('images')
-    for split, count in (('train', 12), ('validation', 4)):
-        for number, name in enumerate(('cat', 'dog')):
-            write_images(folder / split / name, count, seed=number)
-    return folder
+    return write_image_folder(tmp_path_factory.mktemp('images'))
 
 
 @pytest.fixture(scope='module')
