@@ -1,4 +1,5 @@
 """Checkpoints: whole, exact, and without pickles."""
+import hashlib
 import json
 import random
 
@@ -7,9 +8,12 @@ import pytest
 import timm
 import torch
 from conftest import save_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, load_file
 from timm.optim import create_optimizer_v2
 
-from mixsize_timm.checkpoint import load_checkpoint
+from mixsize_timm.checkpoint import SaveError, _safetensors, load_checkpoint, write_flushed
 from mixsize_timm.randomness import random_state, set_random_state
 
 
@@ -46,6 +50,45 @@ def test_any_plain_structure_survives(tmp_path):
     assert torch.equal(again[5]['t'], state[5]['t'])
     with pytest.raises(TypeError, match='cannot save a set'):
         save_checkpoint(str(tmp_path / 'd'), model(), {'s': {1, 2}})
+
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool,
+          torch.complex64]
+
+
+@given(st.dictionaries(st.text(max_size=4), st.tuples(st.lists(st.integers(0, 3), max_size=3), st.sampled_from(DTYPES)),
+                       max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_safetensors_reads_every_bit_of_every_tensor(kinds):
+    tensors = {name: torch.randint(0, 255, (*shape,)).to(dtype) for name, (shape, dtype) in kinds.items()}
+    content = b''.join(_safetensors(tensors))
+    again = load(content)
+    assert again.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert again[name].dtype == tensor.dtype and torch.equal(again[name], tensor), name
+    length = int.from_bytes(content[:8], 'little')
+    header = json.loads(content[8:8 + length])
+    assert header.pop('__metadata__') == {'format': 'pt'} and length % 8 == 0
+    assert all(header[name]['data_offsets'][0] % tensor.element_size() == 0 for name, tensor in tensors.items())
+
+
+def test_files_of_many_pieces_are_written_whole(tmp_path):
+    parts = [b'header', memoryview(np.arange(700_000, dtype=np.int32)).cast('B'), b'', b'x' * (1 << 20)]
+    said = write_flushed(str(tmp_path / 'file'), *parts)
+    whole = b''.join(parts)
+    assert (tmp_path / 'file').read_bytes() == whole
+    assert said == {'size': len(whole), 'sha256': hashlib.sha256(whole).hexdigest()}
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_weights_that_are_not_numbers_are_not_saved_and_infinite_ones_are(tmp_path, dtype):
+    weights = torch.full((40_000,), float('inf'), dtype=dtype)
+    weights[7] = -weights[7]
+    save_checkpoint(str(tmp_path / 'c'), {'w': weights, 'n': torch.tensor(3)})
+    weights[39_999] = float('nan')
+    with pytest.raises(SaveError, match='w holds what is not a number'):
+        save_checkpoint(str(tmp_path / 'c'), {'w': weights, 'n': torch.tensor(3)})
+    assert load_file(tmp_path / 'c' / 'model.safetensors')['w'][39_999] == float('inf')
 
 
 def test_random_states_survive(tmp_path):

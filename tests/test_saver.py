@@ -99,10 +99,10 @@ def test_a_full_disk_leaves_what_is_there_and_says_how_much_is_missing(tmp_path,
             save_checkpoint(str(last), Tiny(2.), position=(2, 0))
     original = checkpoint.write_flushed
 
-    def write(path, content):  # a quota, which the size of the disk does not tell of
+    def write(path, *content):  # a quota, which the size of the disk does not tell of
         if path.endswith('state.json'):
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-        return original(path, content)
+        return original(path, *content)
 
     monkeypatch.setattr(checkpoint, 'write_flushed', write)
     with pytest.raises(SaveError, match='quota'):
@@ -115,10 +115,10 @@ def test_what_was_written_otherwise_than_it_was_meant_does_not_replace_anything(
     save_checkpoint(str(last), Tiny(1.), {'epoch': 1}, position=(1, 0))
     original = checkpoint.write_flushed
 
-    def write(path, content):  # a disk that loses the end of a file and says nothing
-        said = original(path, content)
+    def write(path, *content):  # a disk that loses the end of a file and says nothing
+        said = original(path, *content)
         with open(path, 'r+b') as file:
-            file.truncate(len(content) - 1)
+            file.truncate(said['size'] - 1)
         return said
 
     monkeypatch.setattr(checkpoint, 'write_flushed', write)
@@ -207,6 +207,24 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     release.set()
     saver.wait()
     assert position_of(str(tmp_path / 'recovery-0-1')) == (0, 1)
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/task'), reason='threads are counted as Linux lists them')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_writing_starts_no_threads_of_torch_that_would_slow_down_the_steps_beside_it(tmp_path, dtype):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        taken = take_snapshot(torch.nn.Linear(1000, 1000, dtype=dtype), {'t': torch.ones(1000, 1000, dtype=dtype)})
+        saver = saver_of(tmp_path)
+        saver.wait()
+        threads = len(os.listdir('/proc/self/task'))
+        saver.save_epoch(taken, best=taken)
+        saver.wait()
+        assert len(os.listdir('/proc/self/task')) == threads + 1  # the saver's own
+        saver.close()
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize('text,steps,seconds', [('0', 0, 0), ('500', 500, 0), ('30m', 0, 1800), ('0.5m', 0, 30)])
