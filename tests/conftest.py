@@ -1,4 +1,5 @@
 """What several test files share: small image folders, and clean random states."""
+import io
 import random
 
 import numpy as np
@@ -7,7 +8,9 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from mixsize_timm import measure
 from mixsize_timm.checkpoint import take_snapshot, write_snapshot
+from mixsize_timm.sizes import SizeProbe
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +21,43 @@ def fresh_state():
     torch.manual_seed(0)
 
 
+def structure(model):
+    """What a pass without arithmetic depends on: kinds, settings and shapes of the parts of a model."""
+    parts = [(name, type(part).__name__, repr([item for item in sorted(vars(part).items()) if isinstance(
+        item[1], (bool, int, float, str, tuple, type(None))) and item[0] != 'training']))
+        for name, part in model.named_modules()]
+    return *parts, *((name, *tensor.shape) for name, tensor in model.state_dict().items())
+
+
+COUNTED, TAKEN = {}, {}
+ASKED_EACH_TIME = ('test_measure', 'test_sizes', 'test_planner')  # whose subject it is
+
+
+@pytest.fixture(scope='module', autouse=True)
+def models_are_asked_once(request):
+    """Runs of the tests train the same few models: which sizes they take, and their operations, are asked once."""
+    count, take = measure.count_gmacs, SizeProbe.__call__
+
+    def counting(model, input_size=(3, 224, 224)):
+        key = structure(model), input_size
+        if key not in COUNTED:
+            COUNTED[key] = count(model, input_size)
+        return COUNTED[key]
+
+    def taking(probe, size):
+        key = structure(probe.model), probe.in_chans, probe.device, size
+        if key not in TAKEN:
+            TAKEN[key] = take(probe, size), probe.reason
+        result, probe.reason = TAKEN[key]
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ not in ASKED_EACH_TIME:
+            patch.setattr(measure, 'count_gmacs', counting)
+            patch.setattr(SizeProbe, '__call__', taking)
+        yield
+
+
 def write_images(folder, count, size=(40, 30), seed=0):
     """``count`` JPEGs of coloured noise in a folder that is made."""
     folder.mkdir(parents=True)
@@ -25,6 +65,20 @@ def write_images(folder, count, size=(40, 30), seed=0):
     for i in range(count):
         pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f'{i:03d}.jpg')
+
+
+def smooth(width=150, height=101, mode='RGB'):
+    """A picture without noise, of which a smaller one tells as much."""
+    y, x = np.mgrid[:height, :width]
+    channels = [128 + 100 * np.sin(x / 17), 128 + 100 * np.cos(y / 13), (x + y) % 251]
+    return Image.fromarray(np.stack(channels, -1).astype(np.uint8)).convert(mode)
+
+
+def encoded(image, kind='JPEG', **options):
+    """The bytes of an image file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def write_image_folder(folder):

@@ -1,0 +1,74 @@
+"""An image opened: its size before it is decoded, its pixels those of PIL, at a smaller scale where asked for."""
+import io
+
+import numpy as np
+import pytest
+import torch
+from conftest import encoded, smooth
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from mixsize_timm import images
+from mixsize_timm.images import OpenedImage
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+@pytest.mark.parametrize('source, options', [
+    ('RGB', {}), ('RGB', {'progressive': True}), ('RGB', {'subsampling': 0}), ('L', {}), ('CMYK', {})], ids=str)
+def test_the_pixels_of_a_jpeg_are_those_of_pil(source, options, mode):
+    data = encoded(smooth(mode=source), **options)
+    picture = OpenedImage(data, mode).decode()
+    expected = pil_to_tensor(Image.open(io.BytesIO(data)).convert(mode))
+    assert picture.size == (150, 101) and picture.pixels.dtype == torch.uint8
+    difference = (picture.pixels.int() - expected.int()).abs()
+    assert picture.pixels.shape == expected.shape and difference.max() == 0
+
+
+def test_pil_decodes_no_jpeg_that_tensors_have_a_decoder_for(monkeypatch):
+    data = encoded(smooth())
+    expected = OpenedImage(data).decode()
+    monkeypatch.setattr(Image.Image, 'convert', None)
+    assert torch.equal(OpenedImage(data).decode().pixels, expected.pixels)
+
+
+def test_without_a_decoder_of_tensors_pil_decodes(monkeypatch):
+    data = encoded(smooth())
+    expected = OpenedImage(data).decode()
+    monkeypatch.setattr(images, '_decoder', None)
+    assert torch.equal(OpenedImage(data).decode().pixels, expected.pixels)
+
+
+def test_the_size_is_known_from_the_header():
+    opened = OpenedImage(encoded(smooth())[:700])  # the rest is missing
+    assert opened.size == (150, 101)
+    with pytest.raises(OSError, match='truncated'):
+        opened.decode()
+
+
+@pytest.mark.parametrize('denominator', [2, 4, 8])
+def test_a_jpeg_is_decoded_at_a_smaller_scale(denominator):
+    picture = OpenedImage(encoded(smooth(), quality=95)).decode(denominator)
+    assert picture.size == (150, 101)
+    assert picture.pixels.shape == (3, -(-101 // denominator), -(-150 // denominator))
+    reduced = pil_to_tensor(smooth().reduce(denominator))
+    difference = (picture.pixels[:2].float() - reduced[:2].float()).abs()  # the third channel has jumps
+    assert difference.mean() < 3
+
+
+def test_another_format_is_decoded_at_its_size_whatever_is_asked_for():
+    assert OpenedImage(encoded(smooth(), 'PNG')).decode(4).pixels.shape == (3, 101, 150)
+
+
+@pytest.mark.parametrize('source', [
+    smooth(), np.asarray(smooth()), pil_to_tensor(smooth()), encoded(smooth(), 'PNG'),
+    bytearray(encoded(smooth(), 'PNG'))], ids=['pil', 'array', 'tensor', 'bytes', 'bytearray'])
+def test_whatever_a_reader_gives_becomes_the_same_tensor(source):
+    opened = OpenedImage(source)
+    assert opened.size == (150, 101)
+    assert torch.equal(opened.decode(2 if isinstance(source, np.ndarray) else 1).pixels, pil_to_tensor(smooth()))
+    assert opened.pil().tobytes() == smooth().tobytes()
+
+
+@pytest.mark.parametrize('source', [np.zeros((5, 7), np.uint8), torch.zeros(5, 7, dtype=torch.uint8)], ids=type)
+def test_an_array_without_channels_has_one(source):
+    assert OpenedImage(source).decode().pixels.shape == (1, 5, 7)
