@@ -217,7 +217,9 @@ class Evaluation:
         return {
             'name': name, 'checkpoint': found.name,
             'model': found.args.model if found.args else pretrained_cfg['architecture'],
-            **identity, 'calibrated': calibrated, 'training': training_cost(model, cost, data.channels),
+            **identity, 'calibrated': calibrated,
+            'training': training_cost(model, cost, data.channels,
+                                      {data.shape(row['img_size']): row['gmacs'] for row in results}),
             'data': {**data.to_dict(), 'moving average': 'where there is one' if found.use_ema else 'no'},
             'results': results}
 

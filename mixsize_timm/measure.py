@@ -4,7 +4,7 @@ import math
 import time
 from contextlib import nullcontext
 from statistics import median
-from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -111,13 +111,70 @@ def count_gmacs(model: nn.Module, input_size: Tuple[int, int, int] = (3, 224, 22
     return counter.get_total_flops() / 2e9
 
 
-def training_cost(model: nn.Module, cost: Optional[Dict[str, Any]], in_chans: int = 3) -> Optional[Dict[str, float]]:
+class SavedBytes(NamedTuple):
+    """Bytes that a forward pass keeps for the backward pass, beside the parameters and buffers themselves."""
+    per_image: float
+    constant: float  # whatever the batch, such as weights that are standardised
+
+
+def count_saved_bytes(
+        model: nn.Module,
+        input_size: Tuple[int, int, int] = (3, 224, 224),
+        *,
+        dtype: torch.dtype = torch.float32,
+        constant: Optional[float] = None,
+) -> SavedBytes:
+    """Bytes of activations that training keeps for the backward pass, without compilation.
+
+    Passes of 2 and 4 images run on a copy on the meta device, without arithmetic, where the model works there, else on
+    a copy on the CPU. What an operation needs only while it runs is not counted.
+
+    Args:
+        model: The model.
+        input_size: Channels, height and width of the images.
+        dtype: Type that the model calculates in.
+        constant: The part that does not depend on the batch, where it is known from another size: one pass less.
+    """
+    try:
+        probe: Any = copy.deepcopy(model).to(device='meta', dtype=dtype).train()
+        two = _saved_bytes(probe, torch.zeros(2, *input_size, device='meta', dtype=dtype))
+    except Exception:  # whatever it is that a model cannot do on the meta device
+        probe = copy.deepcopy(model).to(device='cpu', dtype=dtype).train()
+        two = _saved_bytes(probe, torch.zeros(2, *input_size, dtype=dtype))
+    if constant is None:
+        device = next(probe.parameters()).device
+        constant = max(0., 2 * two - _saved_bytes(probe, torch.zeros(4, *input_size, device=device, dtype=dtype)))
+    return SavedBytes((two - constant) / 2, constant)
+
+
+def _saved_bytes(model: nn.Module, images: torch.Tensor) -> float:
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    saved: Dict[int, torch.UntypedStorage] = {}  # held, so that none takes the place of another; each counts once
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(images)  # noqa: F841, holds what is saved
+        return float(sum(storage.nbytes() for storage in saved.values()))
+
+
+def training_cost(
+        model: nn.Module,
+        cost: Optional[Dict[str, Any]],
+        in_chans: int = 3,
+        counted: Optional[Mapping[Tuple[int, int, int], float]] = None,
+) -> Optional[Dict[str, float]]:
     """What a training run cost.
 
     Args:
         model: The model.
         cost: A :class:`~mixsize_timm.engine.Progress` as a checkpoint keeps it.
         in_chans: Channels of the images.
+        counted: :func:`count_gmacs` by channels, height and width, where it is known already.
 
     Returns:
         ``steps``, ``seconds``, ``images`` with duplicates, ``megapixels``, and ``gmacs``: billions of
@@ -125,11 +182,13 @@ def training_cost(model: nn.Module, cost: Optional[Dict[str, Any]], in_chans: in
     """
     if not cost or not cost['counted'] or not cost['samples']:
         return None
-    samples = [(height, width, number) for height, width, number in cost['samples']]
+    samples = [((in_chans, height, width), number) for height, width, number in cost['samples']]
+    gmacs = {shape: count_gmacs(model, shape) for shape, _ in samples if shape not in (counted or ())}
+    gmacs.update(counted or {})
     return {
-        'steps': cost['steps'], 'seconds': cost['seconds'], 'images': sum(number for *_, number in samples),
-        'megapixels': sum(height * width * number for height, width, number in samples) / 1e6,
-        'gmacs': 3 * sum(number * count_gmacs(model, (in_chans, height, width)) for height, width, number in samples)}
+        'steps': cost['steps'], 'seconds': cost['seconds'], 'images': sum(number for _, number in samples),
+        'megapixels': sum(height * width * number for (_, height, width), number in samples) / 1e6,
+        'gmacs': 3 * sum(number * gmacs[shape] for shape, number in samples)}
 
 
 @torch.inference_mode()

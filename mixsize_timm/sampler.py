@@ -3,8 +3,9 @@
 An epoch is a function of (regime, number of images, seed, epoch, world size): every rank computes the same plan and
 takes its own slice of each group, so no communication is needed to agree on a size.
 """
+import math
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -38,7 +39,8 @@ class EpochPlan:
         duplicates: Augmented copies of each image, int ``[groups]``.
         step: Optimizer step each group belongs to, int ``[groups]``, not decreasing.
         start: Where the group's images start in ``order``, int ``[groups]``.
-        order: Permutation of the data set's indices, or ``None`` where a loader of timm's chooses the images.
+        order: Permutation of the data set's indices; a ``range`` for data that stream, where an image is a position in
+            the epoch; or ``None`` where a loader of timm's chooses the images.
         num_images: Images in the data set.
         epoch: Epoch the plan is for.
         multiple: A process's share of a batch is a multiple of it.
@@ -48,7 +50,7 @@ class EpochPlan:
     duplicates: np.ndarray
     step: np.ndarray
     start: np.ndarray
-    order: Optional[np.ndarray]
+    order: Union[np.ndarray, range, None]
     num_images: int
     epoch: int = 0
     multiple: int = 1
@@ -80,10 +82,15 @@ class EpochPlan:
             if self.order is not None:
                 units = int(self.batch[i]) // self.multiple
                 first, last = (self.multiple * (n * units // world_size) for n in (rank, rank + 1))
-                images = self.order[int(self.start[i]) + first:int(self.start[i]) + last]
+                images = np.asarray(self.order[int(self.start[i]) + first:int(self.start[i]) + last])
                 weight *= len(images) * world_size / int(self.batch[i])
             yield Group(int(self.size[i]), int(self.batch[i]), int(self.duplicates[i]), int(self.step[i]),
                         weight, bool(ends[i]), self.epoch, images)
+
+    def share(self, rank: int, world_size: int) -> np.ndarray:
+        """Distinct images of one rank in each group, int ``[groups]``."""
+        units = self.batch // self.multiple
+        return self.multiple * ((rank + 1) * units // world_size - rank * units // world_size)
 
     def first_group(self, step: int) -> int:
         """Number of the first group of a step."""
@@ -161,6 +168,7 @@ def plan_epoch(
         world_size: int = 1,
         grad_accum_steps: int = 1,
         drop: str = 'tail',
+        random_access: bool = True,
 ) -> EpochPlan:
     """Plan one epoch: a fresh partition of the images over the sizes, cut into groups, the steps shuffled.
 
@@ -172,6 +180,7 @@ def plan_epoch(
         world_size: Processes that share each group.
         grad_accum_steps: Groups of one size that make an optimizer step.
         drop: See :func:`size_batches`.
+        random_access: Whether the plan chooses the images; else they come as they stream, and it only counts them.
 
     Returns:
         The plan, equal for equal arguments on every machine.
@@ -184,8 +193,10 @@ def plan_epoch(
         raise ValueError(f'{num_images} images on {world_size} processes make no batch at any size of the regime: '
                          'lower the batch size or add images')
     rng = np.random.default_rng([seed, epoch])
-    order = np.arange(num_images, dtype=np.int32 if num_images < 2**31 else np.int64)
-    rng.shuffle(order)
+    order: Union[np.ndarray, range] = range(num_images)
+    if random_access:
+        order = np.arange(num_images, dtype=np.int32 if num_images < 2**31 else np.int64)
+        rng.shuffle(order)
 
     steps: List[Tuple[int, List[int]]] = []  # (size, batches of its groups)
     for size, of_size in batches.items():
@@ -217,6 +228,7 @@ class MixSizeBatchSampler(Sampler[Group]):
         drop: See :func:`size_batches`.
         plan_world_size: Number of processes that the batches are rounded for, where it is another one: the plan of a
             run goes on when its number of processes changes.
+        random_access: See :func:`plan_epoch`.
 
     Raises:
         ValueError: No size gets a step, or a batch has too few images for so many processes.
@@ -232,6 +244,7 @@ class MixSizeBatchSampler(Sampler[Group]):
             grad_accum_steps: int = 1,
             drop: str = 'tail',
             plan_world_size: Optional[int] = None,
+            random_access: bool = True,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f'rank {rank} is not one of {world_size} processes')
@@ -242,16 +255,23 @@ class MixSizeBatchSampler(Sampler[Group]):
         self.mixup_enabled = True
         self._arguments: Dict[str, Any] = dict(
             regime=regime, num_images=num_images, seed=seed, world_size=plan_world_size or world_size,
-            grad_accum_steps=grad_accum_steps, drop=drop)
+            grad_accum_steps=grad_accum_steps, drop=drop, random_access=random_access)
         self._plan = plan_epoch(**self._arguments)
         smallest = int(self._plan.batch.min())
         if smallest // regime.batch_multiple < world_size:
             raise ValueError(f'{world_size} processes cannot share batches of {smallest} images: use fewer')
 
     @property
+    def max_pixels(self) -> int:
+        """Pixels of the largest batch that this process gets, with its duplicates, about."""
+        largest = max(size**2 * math.prod(self.regime.group(size)) for size in self.regime.sizes)
+        return largest * -(-self._arguments['world_size'] // self.world_size)
+
+    @property
     def plan(self) -> EpochPlan:
         """The plan of the current epoch."""
         if self._plan.epoch != self.epoch:
+            del self._plan  # it gives its memory to the next one
             self._plan = plan_epoch(**self._arguments, epoch=self.epoch)
         return self._plan
 
@@ -305,6 +325,7 @@ class DealtBatchSampler(Sampler[Group]):
             Group(size, batch=len(images), duplicates=1, step=0, weight=1., ends_step=True, epoch=0, images=images)
             for images in batches]
         self.rank = rank
+        self.max_pixels = size**2 * max(map(len, batches), default=0)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)

@@ -80,6 +80,14 @@ def test_arguments_reach_the_regime():
     assert make_regime(parse_args(['x', '--mixsize', 'off']), (3, 32, 48)) is None
 
 
+@pytest.mark.parametrize('asked, mixup, multiple', [('1', '0', 1), ('8', '0', 8), ('3', '0.2', 6), ('8', '0.2', 8)])
+def test_batches_suit_the_device_and_the_pairs_of_mixup(asked, mixup, multiple):
+    args = parse_args(['x', '--mixsize-batch-multiple', asked, '--mixup', mixup, '-b', '100'])
+    regime = make_regime(args, (3, 224, 224))
+    assert regime.batch_multiple == multiple
+    assert all(regime.group(size)[0] % multiple == 0 for size in regime.sizes)
+
+
 @pytest.mark.parametrize('argv, message', [
     (['-b', '0'], '--batch-size must be at least 1'),
     (['--epochs', '0'], '--epochs must be at least 1'),

@@ -1,4 +1,6 @@
 """The epoch plan: coverage, equality across ranks, determinism, shares."""
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -139,6 +141,20 @@ def test_index_arrays_stay_small():
     plan = plan_epoch(Regime.preset('s224', batch_size=128), 1_281_167)
     assert plan.order.dtype == np.int32 and plan.order.nbytes < 6e6
     assert plan.dropped < 128
+
+
+def test_a_sampler_of_imagenet_21k_stays_small_from_epoch_to_epoch():
+    regime = Regime.preset('s144', batch_size=256, adapt='b+')
+    tracemalloc.start()
+    try:
+        sampler = MixSizeBatchSampler(14_197_122, regime, rank=63, world_size=64)
+        sampler.set_epoch(1)
+        images = sum(len(group.images) for group in sampler)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert images == int(sampler.plan.batch.sum()) // 64
+    assert peak < 75e6  # 57 MB of indices: the plan of one epoch gives way to that of the next
 
 
 @settings(deadline=None)
