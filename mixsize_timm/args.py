@@ -2,6 +2,7 @@
 import argparse
 import difflib
 import logging
+import math
 import os
 from typing import Any, Dict, List, Optional, Set, Tuple
 
@@ -25,9 +26,13 @@ _logger = logging.getLogger(__name__)
 ARGS_FILE = 'args.yaml'
 
 
-def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[List[str]] = None, *, recipe_without_data: bool = True) -> argparse.Namespace:
     """Arguments of the training command: the command line over ``--config`` over the resumed run or the built-in
     recipe over the defaults.
+
+    Args:
+        argv: The command line; ``None`` for that of the process.
+        recipe_without_data: Take the built-in recipe, that of the digits, where no data set is named.
 
     Raises:
         UsageError: A file cannot be read or an argument's value cannot work.
@@ -46,8 +51,10 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         layers.insert(0, {key: value for key, value in resumed.items() if key not in own})
     stated: Dict[str, Any] = {key: value for layer in layers for key, value in layer.items()}
     recipe: Dict[str, Any] = {}
-    if not any((given.data, given.data_dir, given.dataset not in ('', DIGITS),
-                stated.get('data'), stated.get('data_dir'), stated.get('dataset', '') not in ('', DIGITS))):
+    digits = recipe_without_data or DIGITS in (given.dataset, stated.get('dataset'))
+    if digits and not any((given.data, given.data_dir, given.dataset not in ('', DIGITS),
+                           stated.get('data'), stated.get('data_dir'),
+                           stated.get('dataset', '') not in ('', DIGITS))):
         recipe = {**_recipe('digits'), 'dataset': DIGITS}
         layers.insert(0, recipe)
     _drop_overridden(layers, stated_here)
@@ -277,7 +284,7 @@ def _check(args: argparse.Namespace, given: argparse.Namespace) -> None:
 
 def _check_ranges(args: argparse.Namespace) -> None:
     for name in ('batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs', 'val_interval', 'log_interval',
-                 'lr_base_size', 'checkpoint_hist', 'stop_epoch', 'train_batches_per_epoch'):
+                 'lr_base_size', 'checkpoint_hist', 'stop_epoch', 'train_batches_per_epoch', 'mixsize_batch_multiple'):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f'{flag(name)} must be at least 1, not {value}')
@@ -312,16 +319,29 @@ def _check_mixsize(args: argparse.Namespace, given: argparse.Namespace) -> None:
             raise UsageError('--mixsize-sizes and --mixsize-probs need --mixsize custom')
         args.mixsize_sizes = args.mixsize_probs = None
     if args.mixsize == 'off':
-        for name, default in (('adapt', 'd+'), ('duplicates', 1), ('max_work', None), ('drop', 'tail'), ('reg', 0)):
+        for name, default in (('adapt', 'd+'), ('duplicates', 1), ('max_work', None), ('batch_multiple', 1),
+                              ('drop', 'tail'), ('reg', 0)):
             if getattr(given, f'mixsize_{name}') != default:
                 raise UsageError(f'--mixsize off trains one size: leave out --mixsize-{name.replace("_", "-")}')
-        for name, standard in (('max_bad_images', 0.01), ('worker_timeout', 45)):
-            if getattr(given, name) != standard:
-                raise UsageError(f'--mixsize off uses timm\'s own loader: leave out {flag(name)}')
+        _check_loader(args, given)
         return
+    if args.fast_loader:
+        raise UsageError('--fast-loader is for --mixsize off: MixSize has that loader anyway')
     for name, (absent, why) in _OFF_ONLY.items():
         if getattr(args, name) != absent:
             raise UsageError(f'{flag(name)} cannot be had with MixSize: {why}; or use --mixsize off')
+
+
+def _check_loader(args: argparse.Namespace, given: argparse.Namespace) -> None:
+    """Which of two loaders it is with one size, and what only the other one can."""
+    if not args.fast_loader:
+        for name, standard in (('max_bad_images', 0.01), ('worker_timeout', 45), ('scaled_decoding', False)):
+            if getattr(given, name) != standard:
+                raise UsageError(f'--mixsize off uses timm\'s own loader: leave out {flag(name)}, or add --fast-loader')
+        return
+    for name in ('train_img_sizes', 'naflex_loader', 'aug_splits', 'aug_repeats', 'use_multi_epochs_loader'):
+        if getattr(args, name):
+            raise UsageError(f'--fast-loader and {flag(name)} exclude each other: that is timm\'s loader\'s')
 
 
 def _check_augmentation(args: argparse.Namespace) -> None:
@@ -420,7 +440,7 @@ def make_regime(args: argparse.Namespace, input_size: Tuple[int, int, int]) -> O
     options = dict(
         batch_size=args.batch_size, duplicates=args.mixsize_duplicates, adapt=args.mixsize_adapt,
         max_work=args.mixsize_max_work,
-        batch_multiple=2 if mixing(args) else 1)  # timm's mixup wants pairs
+        batch_multiple=math.lcm(args.mixsize_batch_multiple, 2 if mixing(args) else 1))  # timm's mixup wants pairs
     try:
         if mode == 'custom':
             return Regime(tuple(args.mixsize_sizes), tuple(args.mixsize_probs or ()), base_size=base_size, **options)

@@ -1,8 +1,10 @@
 """What a training run is made of, built from its arguments; each fault is found here and said in one line."""
 import argparse
 import importlib
+import inspect
 import logging
 import os
+from contextlib import suppress
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
@@ -155,7 +157,7 @@ def create_task(args: argparse.Namespace, model: nn.Module, accelerator: Acceler
         info = get_optimizer_info(args.opt.lower().split('_')[-1])
         if (args.opt_eps is not None and not info.has_eps) or (args.opt_betas and not info.has_betas):
             raise ValueError('it has no epsilon or no betas: leave out --opt-eps and --opt-betas')
-        optimizer = create_optimizer_v2(trained, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+        optimizer = create_optimizer(args, trained, accelerator, info.opt_class)
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup,
                        device=torch.device('cpu') if args.model_ema_force_cpu else None)
@@ -166,6 +168,31 @@ def create_task(args: argparse.Namespace, model: nn.Module, accelerator: Acceler
         share_weights(model)
     task.trainable_module, optimizer = accelerator.prepare(task.get_trainable_module(), optimizer)
     return task, optimizer
+
+
+def create_optimizer(args: argparse.Namespace, model: nn.Module, accelerator: Accelerator, kind: Any
+                     ) -> torch.optim.Optimizer:
+    """timm's optimizer; on a GPU with torch's fused kernels where it has them, unless ``--opt-kwargs`` says otherwise.
+
+    Not under loss scaling, for a fused optimizer leaves out a step that overflows where Accelerate cannot see it; and
+    not on the CPU, where its sums are others than those of timm's script.
+
+    Args:
+        args: The arguments.
+        model: What is trained.
+        accelerator: Tells the device, and whether losses are scaled.
+        kind: The optimizer's class, or a word for one that has to be installed.
+    """
+    options = {**optimizer_kwargs(cfg=args), **args.opt_kwargs}
+    if accelerator.scaler is not None and options.get('fused'):
+        raise UsageError('--opt-kwargs fused=True hides the steps that overflow in fp16: leave it out, or use bf16')
+    fusible = isinstance(kind, type) and kind.__module__.startswith('torch.optim.') and (
+        'fused' in inspect.signature(kind).parameters)
+    if (fusible and accelerator.device.type == 'cuda' and accelerator.scaler is None and not shards(accelerator)
+            and 'fused' not in options and 'foreach' not in options):
+        with suppress(RuntimeError):  # torch has no such kernel for these parameters
+            return create_optimizer_v2(model, **options, fused=True)
+    return create_optimizer_v2(model, **options)
 
 
 def _criterion(args: argparse.Namespace) -> Dict[str, Any]:

@@ -1,67 +1,132 @@
 """The MixSize loader: images decoded once, duplicated, and transformed for the size of their step."""
 import copy
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from functools import partial
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import timm.data
 import torch
 from PIL import Image
 from timm.data import auto_augment
-from timm.data.loader import PrefetchLoader
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate, get_worker_info
 
+from .buffers import Recycled, SharedSlots
 from .datasets import BadImagesError, ReadableDataset
+from .images import Picture
 from .randomness import own_randomness, seed_for
 from .regime import Regime
 from .regularization import SizeRegularization
 from .sampler import DealtBatchSampler, Group, MixSizeBatchSampler
+from .streaming import WINDOW, StreamBatches, StreamLoader, num_images
+from .transforms import TensorTransform
 from .workers import Heartbeats, Read, WatchedLoader, WorkerError
 
 _OF_TIMMS_SAMPLERS = (
     'input_size_choices', 'batch_size_choices', 'batch_choice_weights', 'batch_schedule_epochs', 'num_batches',
     'num_aug_repeats', 'num_aug_splits', 'use_multi_epochs_loader')
+_WAITED_FOR = ('cpu', 'cuda')  # devices of which it is known that a batch's memory is read when it is let go
 
 
-class MixSizeDataset(Dataset):
-    """Answers a :class:`~mixsize_timm.sampler.Group` with its batch, each image decoded once.
+class BatchMaker:
+    """Makes the batch of a :class:`~mixsize_timm.sampler.Group`: each image decoded once, transformed ``D`` times.
 
     An augmentation is a function of (seed, epoch, image, duplicate): the number of workers or processes changes no
     pixel, and neither does what was drawn before. (Mixup is drawn for a process's batch as a whole.) The caller's
     random state is left as it was.
 
     Args:
-        dataset: Data set of PIL images and targets, without a transform.
         transforms: A transform for each size in pixels.
-        collate_fn: Makes a batch of a list of samples; timm's mixup is one.
+        collate_fn: Makes a batch of a list of samples; timm's mixup is one. ``None`` to stack them.
         seed: Seed of the run.
         set_size: Called with the size of each batch before it is made.
-        num_workers: Number of workers that make batches.
+        scaled_decoding: Decode a JPEG at 1/2, 1/4 or 1/8 where no crop of it is enlarged for that.
+
+    Attributes:
+        slots: Where workers put the batches that they stack, if not in memory of their own.
     """
 
     def __init__(
             self,
-            dataset: ReadableDataset,
-            transforms: Dict[int, Callable],
-            collate_fn: Callable,
+            transforms: Dict[int, TensorTransform],
+            collate_fn: Optional[Callable] = None,
             seed: int = 42,
             set_size: Optional[Callable[[int], None]] = None,
-            num_workers: int = 0,
+            scaled_decoding: bool = False,
     ) -> None:
-        self.dataset = dataset
         self.transforms = transforms
         self.collate_fn: Any = collate_fn
         self.seed = seed
         self.set_size = set_size
+        self.scaled_decoding = scaled_decoding
+        self.slots: Optional[SharedSlots] = None
+
+    def denominator(self, group: Group, number: int, size: Tuple[int, int]) -> int:
+        """How much smaller an image may be decoded, so that it is enough for all of its duplicates.
+
+        Args:
+            group: The group.
+            number: Number of the image, as in :meth:`__call__`.
+            size: Width and height of the image in pixels.
+        """
+        if not self.scaled_decoding:
+            return 1
+        denominators = []
+        for duplicate in range(group.duplicates):
+            seed_for(self.seed, group.epoch, number, duplicate)
+            denominators.append(self.transforms[group.size].denominator(size))
+        return min(denominators)
+
+    def __call__(self, group: Group, images: Iterable[Tuple[Picture, Any, int]], num_images: int) -> Any:
+        """The batch of ``num_images * duplicates`` samples, the duplicates of an image one after the other.
+
+        Args:
+            group: The group.
+            images: Each image's pixels, its target, and a number that tells it from the others of the epoch.
+            num_images: Number of the images.
+        """
+        transform = self.transforms[group.size]
+        if self.set_size is not None:
+            self.set_size(group.size)
+        samples: Any = _Batch(num_images * group.duplicates, self.slots) if self.collate_fn is None else []
+        first = 0
+        with own_randomness():
+            for picture, target, number in images:
+                first = first if len(samples) else number
+                for duplicate in range(group.duplicates):
+                    seed_for(self.seed, group.epoch, number, duplicate)
+                    samples.append((transform(picture), target))
+            if self.collate_fn is None:
+                return samples.collated()
+            if hasattr(self.collate_fn, 'mixup_enabled'):
+                self.collate_fn.mixup_enabled = group.mixup
+            seed_for(self.seed, group.epoch, first, -1)
+            return self.collate_fn(samples)
+
+
+class MixSizeDataset(Dataset):
+    """Answers a :class:`~mixsize_timm.sampler.Group` with its batch.
+
+    Args:
+        dataset: Data set of images and targets.
+        maker: Makes the batches.
+        num_workers: Number of workers that make batches.
+    """
+
+    def __init__(self, dataset: ReadableDataset, maker: BatchMaker, num_workers: int = 0) -> None:
+        self.dataset = dataset
+        self.maker = maker
         self.heartbeats = Heartbeats(num_workers)
 
     def __getitems__(self, group: Group) -> Read:
-        """The batch of ``batch * duplicates`` samples, the duplicates of an image one after the other.
+        """The batch, and what could not be read for it.
 
         Raises:
             WorkerError: In a worker, for any error of a transform or of the collation.
         """
         bad_images: Dict[int, Tuple[str, str]] = {}
         try:
-            return Read(self._batch(group, bad_images), bad_images)
+            images = self._images(group, bad_images)
+            return Read(self.maker(group, images, len(group.images)), bad_images)  # type: ignore[arg-type]
         except BadImagesError as error:
             return Read(None, error.images)
         except Exception as error:
@@ -71,24 +136,14 @@ class MixSizeDataset(Dataset):
             reason = ' '.join(f'{type(error).__name__}: {error}'.split())
             raise WorkerError(f'data worker {worker.id} failed{self.place(worker.id)}: {reason}') from error
 
-    def _batch(self, group: Group, bad_images: Dict[int, Tuple[str, str]]) -> Any:
+    def _images(self, group: Group, bad_images: Dict[int, Tuple[str, str]]) -> Iterator[Tuple[Picture, Any, int]]:
         assert group.images is not None, 'a MixSize loader plans its own images'
-        transform = self.transforms[group.size]
-        if self.set_size is not None:
-            self.set_size(group.size)
-        samples: List[Tuple[Any, Any]] = []
-        with own_randomness():
-            for index in group.images.tolist():
-                with self.heartbeats.at(index):
-                    image, target, bad = self.dataset.read(index, self.seed, group.epoch)
-                    bad_images.update(bad)
-                    for duplicate in range(group.duplicates):
-                        seed_for(self.seed, group.epoch, index, duplicate)
-                        samples.append((transform(image), target))
-            if hasattr(self.collate_fn, 'mixup_enabled'):
-                self.collate_fn.mixup_enabled = group.mixup
-            seed_for(self.seed, group.epoch, int(group.images[0]), -1)
-            return self.collate_fn(samples)
+        for index in group.images.tolist():
+            with self.heartbeats.at(index):
+                picture, target, bad = self.dataset.read(
+                    index, self.maker.seed, group.epoch, denominator=partial(self.maker.denominator, group, index))
+                bad_images.update(bad)
+                yield picture, target, index
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -97,6 +152,57 @@ class MixSizeDataset(Dataset):
         """Words for the image that a worker is at, if any."""
         index = self.heartbeats[worker][1]
         return f' at image {self.dataset.name(index)}' if index >= 0 else ''
+
+
+class _Batch:
+    """Samples put one after the other where the main process will read them, as timm's ``fast_collate`` has them.
+
+    Args:
+        length: Number of samples.
+        slots: Where a worker finds memory for them.
+    """
+
+    def __init__(self, length: int, slots: Optional[SharedSlots]) -> None:
+        self.length = length
+        self.slots = slots
+        self.targets: List[Any] = []
+        self.sent: Any = None  # what travels in the place of the images
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def append(self, sample: Tuple[torch.Tensor, Any]) -> None:
+        image, target = sample
+        if not self.targets:
+            self._open((self.length, *image.shape), image.dtype)
+        self.images[len(self.targets)].copy_(image)
+        self.targets.append(target)
+
+    def _open(self, shape: Tuple[int, ...], dtype: torch.dtype) -> None:
+        worker = get_worker_info()
+        found = self.slots.empty(worker.id, shape, dtype) if worker and self.slots is not None else None
+        self.images, self.sent = found or (torch.empty(shape, dtype=dtype), self.sent)
+
+    def collated(self) -> Tuple[Any, torch.Tensor]:
+        targets = default_collate(self.targets)
+        return self.images if self.sent is None else self.sent, targets.long() if targets.ndim == 1 else targets
+
+
+class _OnHost(PrefetchLoader):
+    """timm's prefetcher where the device is the host: there is nothing to fetch, and memory to use again.
+
+    Args:
+        prefetcher: timm's.
+    """
+
+    def __init__(self, prefetcher: PrefetchLoader) -> None:
+        vars(self).update(vars(prefetcher))
+        self.memory = Recycled()
+
+    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        for images, targets in self.loader:
+            normalised = self.memory.empty(images.shape, self.img_dtype).copy_(images).sub_(self.mean).div_(self.std)
+            yield normalised if self.random_erasing is None else self.random_erasing(normalised), targets
 
 
 def _collated(batch: Any) -> Any:
@@ -203,14 +309,18 @@ def create_loader(
         drop: str = 'tail',
         plan_world_size: Optional[int] = None,
         size_reg: float = 0.,
+        scaled_decoding: bool = False,
         max_bad_images: float = 0.01,
         worker_timeout: float = 45.,
+        shuffle_window: int = WINDOW,
         **kwargs: Any,
 ) -> Any:
     """timm's ``create_loader`` with a regime; without one it *is* timm's.
 
     Args:
-        dataset: Map-style data set of PIL images, such as ``timm.data.create_dataset`` makes. It is not changed.
+        dataset: Map-style data set, such as ``timm.data.create_dataset`` makes, or of targets and PIL images, arrays
+            or tensors as :class:`~mixsize_timm.images.OpenedImage` takes them. It is not changed. With a regime it may
+            also stream: see :mod:`~mixsize_timm.streaming`.
         input_size: Base size, as timm takes it: ``(channels, height, width)``.
         batch_size: Distinct images per process at the base size; with a regime it must be the regime's.
         is_training: Must be true with a regime.
@@ -222,10 +332,15 @@ def create_loader(
         drop: See :func:`~mixsize_timm.sampler.size_batches`.
         plan_world_size: See :class:`~mixsize_timm.sampler.MixSizeBatchSampler`.
         size_reg: Strength of :class:`~mixsize_timm.regularization.SizeRegularization` for augmentation and mixup.
+        scaled_decoding: Decode a JPEG at 1/2, 1/4 or 1/8 of its size where every random resized crop of it, among its
+            duplicates, still has at least the pixels of its step's size. Faster for small sizes; libjpeg's scaling
+            averages blocks of pixels, and the crop's edges move by up to half such a block, so that pixels differ a
+            little (docs/loading.md).
         max_bad_images: Part of the data set's images, in [0, 1], that may be unreadable before iterating over the
             loader raises :class:`~mixsize_timm.datasets.BadImagesError`; of those that this process has come across.
         worker_timeout: Seconds that a worker may be at one image while its batch is waited for, before iterating
             raises :class:`~mixsize_timm.workers.WorkerError`, as it does for a worker that dies; 0 for no limit.
+        shuffle_window: Of data that stream, the records that a worker shuffles at a time, and keeps encoded in memory.
         **kwargs: Every other argument of ``timm.data.create_loader``, with its meaning; with a regime all but those of
             scheduled sizes, repeated and split augmentation, which the regime takes the place of.
 
@@ -235,7 +350,7 @@ def create_loader(
         prefetcher does, in a single pool of workers for all sizes. Else timm's loader.
 
     Raises:
-        TypeError: The data set is iterable-style.
+        TypeError: The data set streams without telling its length.
         ValueError: The arguments contradict the regime, or no size gets a step.
     """
     _allow_zero_bits()
@@ -243,8 +358,6 @@ def create_loader(
         return timm.data.create_loader(dataset, input_size, batch_size, is_training, **kwargs)
     if not is_training:
         raise ValueError('a regime is for training: leave it out of an evaluation loader')
-    if isinstance(dataset, IterableDataset):
-        raise TypeError('MixSize needs a data set with random access, and this one streams')
     if batch_size != regime.batch_size:
         raise ValueError(f'batch_size {batch_size} is not the {regime.batch_size} of the regime')
     height_width = tuple(input_size[-2:]) if isinstance(input_size, (tuple, list)) else (input_size, input_size)
@@ -256,13 +369,13 @@ def create_loader(
     if kwargs.pop('distributed', False) and world_size is None:
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     sampler = MixSizeBatchSampler(
-        len(dataset), regime, seed, rank or 0, world_size or 1, grad_accum_steps, drop,  # type: ignore[arg-type]
-        plan_world_size)
+        num_images(dataset), regime, seed, rank or 0, world_size or 1, grad_accum_steps, drop, plan_world_size,
+        random_access=not isinstance(dataset, IterableDataset))
 
     return MixSizeLoader(
         _loader_of_groups(dataset, input_size, regime.sizes, sampler, seed,
-                          SizeRegularization(size_reg, regime.base_size, mixup=kwargs.get('collate_fn')), kwargs,
-                          max_bad_images, worker_timeout),
+                          SizeRegularization(size_reg, regime.base_size, mixup=kwargs.get('collate_fn')),
+                          scaled_decoding, kwargs, max_bad_images, worker_timeout, shuffle_window),
         sampler)
 
 
@@ -275,6 +388,7 @@ def create_calibration_loader(
         seed: int = 42,
         rank: int = 0,
         world_size: int = 1,
+        scaled_decoding: bool = False,
         worker_timeout: float = 45.,
         **kwargs: Any,
 ) -> Any:
@@ -290,6 +404,7 @@ def create_calibration_loader(
         seed: Seed of the choice of images and of the augmentations.
         rank: This process.
         world_size: Number of processes.
+        scaled_decoding: As for :func:`create_loader`.
         worker_timeout: As for :func:`create_loader`. Any number of images may be unreadable here.
         **kwargs: Every other argument of ``timm.data.create_loader`` for a training loader.
 
@@ -299,33 +414,28 @@ def create_calibration_loader(
     _allow_zero_bits()
     size = input_size[-1]
     sampler = DealtBatchSampler(len(dataset), size, batch_size, num_batches, seed, rank, world_size)
-    return _loader_of_groups(dataset, input_size, (size,), sampler, seed, SizeRegularization(0, size), kwargs,
-                             worker_timeout=worker_timeout)
+    return _loader_of_groups(dataset, input_size, (size,), sampler, seed, SizeRegularization(0, size),
+                             scaled_decoding, kwargs, worker_timeout=worker_timeout)
 
 
 def _loader_of_groups(dataset: Any, input_size: Any, sizes: Sequence[int], sampler: Any, seed: int,
-                      regularization: SizeRegularization, kwargs: Dict[str, Any], max_bad_images: float = 1.,
-                      worker_timeout: float = 45.) -> Any:
-    """A loader of what a sampler of groups asks for.
-
-    timm's own loader of scheduled sizes makes the transforms, collation and prefetcher from its arguments.
-    """
-    kwargs.setdefault('device', torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
-    readable: Any = copy.copy(dataset) if isinstance(dataset, ReadableDataset) else ReadableDataset(dataset)
-    transforms: Dict[int, Callable] = {}
-    for size in sizes:
-        scaled = regularization.augmentation(size, kwargs.get('auto_augment'), kwargs.get('color_jitter', 0.4))
-        template = timm.data.create_loader(
-            readable, input_size, 1, input_size_choices=(size,), num_batches=1,
-            **{**kwargs, **scaled, 'is_training': True})
-        inner: Any = template.loader if isinstance(template, PrefetchLoader) else template
-        transforms[size] = inner.dataset.transforms[0]
-    loader: Any = WatchedLoader(
-        MixSizeDataset(readable, transforms, inner.collate_fn, seed,
-                       regularization.set_size if regularization.strength else None, inner.num_workers),
+                      regularization: SizeRegularization, scaled_decoding: bool, kwargs: Dict[str, Any],
+                      max_bad_images: float = 1., worker_timeout: float = 45., shuffle_window: int = WINDOW) -> Any:
+    """A loader of what a sampler of groups asks for."""
+    streams = isinstance(dataset, IterableDataset)
+    if streams:
+        readable: Any = TensorDataset(torch.zeros(1))  # timm's scheduled sizes are for random access
+    else:
+        readable = copy.copy(dataset) if isinstance(dataset, ReadableDataset) else ReadableDataset(dataset)
+    template, maker = _like_timms(readable, input_size, sizes, seed, regularization, scaled_decoding, kwargs)
+    inner: Any = template.loader if isinstance(template, PrefetchLoader) else template
+    if inner.num_workers and maker.collate_fn is None and template.device.type in _WAITED_FOR:
+        channels = input_size[0] if isinstance(input_size, (tuple, list)) and len(input_size) == 3 else 3
+        maker.slots = SharedSlots(inner.num_workers, channels * sampler.max_pixels, inner.prefetch_factor + 1)
+    options: Dict[str, Any] = dict(
+        slots=maker.slots,
         max_bad_images=max_bad_images,
         worker_timeout=worker_timeout,
-        batch_sampler=sampler,
         num_workers=inner.num_workers,
         collate_fn=_collated,
         pin_memory=inner.pin_memory,
@@ -333,13 +443,43 @@ def _loader_of_groups(dataset: Any, input_size: Any, sizes: Sequence[int], sampl
         persistent_workers=inner.persistent_workers,
         generator=torch.Generator().manual_seed(seed),  # else every new iteration draws from the caller's
     )
+    loader: WatchedLoader
+    if streams:
+        batches = StreamBatches(dataset, maker, sampler, inner.num_workers, shuffle_window)
+        loader = StreamLoader(batches, batch_size=None, **options)
+    else:
+        loader = WatchedLoader(MixSizeDataset(readable, maker, inner.num_workers), batch_sampler=sampler, **options)
+    return _prefetched(template, loader, seed, sampler.rank)
+
+
+def _like_timms(dataset: Any, input_size: Any, sizes: Sequence[int], seed: int, regularization: SizeRegularization,
+                scaled_decoding: bool, kwargs: Dict[str, Any]) -> Tuple[Any, BatchMaker]:
+    """timm's own loader of scheduled sizes, and what makes the batches as its transforms and collation do."""
+    device = kwargs.setdefault('device', torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
+    if device.type == 'cuda':
+        kwargs['pin_memory'] = True  # else copies to the device would wait for one another
+    transforms: Dict[int, TensorTransform] = {}
+    for size in sizes:
+        scaled = regularization.augmentation(size, kwargs.get('auto_augment'), kwargs.get('color_jitter', 0.4))
+        template = timm.data.create_loader(
+            dataset, input_size, 1, input_size_choices=(size,), num_batches=1,
+            **{**kwargs, **scaled, 'is_training': True})
+        inner: Any = template.loader if isinstance(template, PrefetchLoader) else template
+        transforms[size] = TensorTransform(inner.dataset.transforms[0])
+    collate_fn = None if inner.collate_fn is fast_collate else inner.collate_fn
+    return template, BatchMaker(transforms, collate_fn, seed,
+                                regularization.set_size if regularization.strength else None, scaled_decoding)
+
+
+def _prefetched(template: Any, loader: Any, seed: int, rank: int) -> Any:
+    """A loader in timm's prefetcher, which normalises and erases on the device, if the template has one."""
     if not isinstance(template, PrefetchLoader):
         return loader
     template.loader = loader
     if template.random_erasing is not None:
-        erasing: Any = SeededErasing(template.random_erasing, seed, sampler.rank)
+        erasing: Any = SeededErasing(template.random_erasing, seed, rank)
         template.random_erasing = erasing
-    return template
+    return _OnHost(template) if template.device.type == 'cpu' else template
 
 
 def _allow_zero_bits() -> None:

@@ -6,12 +6,13 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import numpy as np
 import timm.data
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
 
+from .images import OpenedImage, Picture, unreadable
 from .randomness import own_randomness
 
 _logger = logging.getLogger(__name__)
@@ -39,12 +40,12 @@ class ReadableDataset(Dataset):
     images, or has no other image, the next image does, with its own target. The file is named in a warning. (timm's
     ``ImageDataset`` takes the next image whatever its class and does not name the file; so its reader is read.)
 
-    Images are as timm has them, so their EXIF orientation is not applied and the first frame is taken of an animated
-    one; but 16-bit greyscale is scaled to 8 bits, where PIL's conversion would make it nearly all white. That is done
-    for timm's readers only: a data set of torchvision's converts its images itself.
+    timm's readers are asked for encoded images; other data sets, such as torchvision's, decode and convert their images
+    themselves.
 
     Args:
-        dataset: Data set of PIL images and targets. It is not changed; its ``transform`` attribute is not used.
+        dataset: Data set of targets and PIL images, or arrays or tensors as :class:`~mixsize_timm.images.OpenedImage`
+            takes them. It is not changed; its ``transform`` attribute is not used.
     """
     MAX_UNREADABLE = 10  # in a row, as in timm
 
@@ -62,17 +63,19 @@ class ReadableDataset(Dataset):
         Raises:
             BadImagesError: Ten images in a row cannot be read.
         """
-        image, target, bad_images = self.read(index)
+        image, target, bad_images = self._read(index, (), self._pil)
         for bad, (name, reason) in bad_images.items():
             self.report(bad, name, reason)
         return (image if self.transform is None else self.transform(image)), target
 
-    def read(self, index: int, *key: int) -> Tuple[Any, Any, Dict[int, Tuple[str, str]]]:
-        """An image, or what takes its place, not transformed; nothing is logged.
+    def read(self, index: int, *key: int, denominator: Optional[Callable[[Tuple[int, int]], int]] = None
+             ) -> Tuple[Picture, Any, Dict[int, Tuple[str, str]]]:
+        """The pixels of an image, or of what takes its place, not transformed; nothing is logged.
 
         Args:
             index: The image.
             *key: What the choice of another image depends on beside it, such as seed and epoch; not negative.
+            denominator: How much smaller an image may be decoded, given its width and height.
 
         Returns:
             The image, its target, and the images that cannot be read: index -> path, reason.
@@ -80,13 +83,21 @@ class ReadableDataset(Dataset):
         Raises:
             BadImagesError: Ten images in a row cannot be read.
         """
+        def decode(candidate: int) -> Tuple[Picture, Any]:
+            opened, target = self._open(candidate)
+            return opened.decode(denominator(opened.size) if denominator is not None else 1), target
+
+        return self._read(index, key, decode)
+
+    def _read(self, index: int, key: Tuple[int, ...], decode: Callable[[int], Tuple[Any, Any]]
+              ) -> Tuple[Any, Any, Dict[int, Tuple[str, str]]]:
         bad_images: Dict[int, Tuple[str, str]] = {}
         for candidate in self._candidates(index, key):
             try:
-                image, target = self._decode(candidate)
+                image, target = decode(candidate)
                 break
             except Exception as error:  # PIL raises errors of every kind for broken files
-                bad_images[candidate] = self.name(candidate), _reason(error)
+                bad_images[candidate] = self.name(candidate), unreadable(error)
         else:
             name, reason = bad_images[candidate]
             raise BadImagesError(
@@ -144,29 +155,19 @@ class ReadableDataset(Dataset):
             self._classes = classes.astype(np.int32) if told else np.zeros(0, np.int32)
         return self._classes
 
-    def _decode(self, index: int) -> Tuple[Any, Any]:
-        dataset = self.dataset
+    def _open(self, index: int) -> Tuple[OpenedImage, Any]:
         if not self._is_timms:
-            return dataset[index]
-        file, target, *_ = dataset.reader[index]
-        with file, Image.open(file) as image:
-            mode = dataset.input_img_mode
-            decoded = _of_8_bits(image).convert(mode) if mode and mode[0] not in 'IF' else image.convert(mode or None)
-        return decoded, target
+            image, target = self.dataset[index]
+            return OpenedImage(image, None), target
+        file, target, *_ = self.dataset.reader[index]
+        with file:
+            return OpenedImage(file.read(), self.dataset.input_img_mode), target
 
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its text is the representation of a file object
-        return 'not an image that PIL knows'
-    return ' '.join(str(error).split()) or type(error).__name__
-
-
-def _of_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit greyscale scaled to 8 bits; other images as they are."""
-    if image.mode != 'I' and not image.mode.startswith('I;16'):
-        return image
-    values = np.asarray(image).clip(0, 65535).astype(np.uint32)
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    def _pil(self, index: int) -> Tuple[Any, Any]:
+        if not self._is_timms:
+            return self.dataset[index]
+        opened, target = self._open(index)
+        return opened.pil(), target
 
 
 def _classes_of(dataset: Any) -> np.ndarray:

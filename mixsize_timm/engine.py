@@ -150,7 +150,8 @@ def train_one_epoch(
         for number, ((images, targets), group) in enumerate(zip(loader, groups), plan.first_group(progress.step)):
             if set_size is not None:
                 set_size(group.size)
-            images, targets = to_device(images, accelerator.device, model_dtype), targets.to(accelerator.device)
+            images = to_device(images, accelerator.device, model_dtype)
+            targets = targets.to(accelerator.device, non_blocking=True)
             if mixup_fn is not None:
                 key = () if mixup_seed is None else (mixup_seed, accelerator.process_index, progress.epoch, number, -3)
                 with own_randomness(*key, device=images.device) if key else nullcontext():
@@ -201,11 +202,14 @@ def _split(images: Any, targets: torch.Tensor, size: Optional[int]) -> List[Tupl
 
 
 def to_device(images: Any, device: torch.device, dtype: Optional[torch.dtype] = None) -> Any:
-    """Images, or the dictionary that a NaFlex loader gives, on a device; the pixels in a type."""
+    """Images, or the dictionary that a NaFlex loader gives, on a device; the pixels in a type.
+
+    Nothing waits for the copy: what is queued on the device behind it does.
+    """
     if isinstance(images, dict):
-        return {key: value.to(device=device, dtype=dtype if key == 'patches' else None)
+        return {key: value.to(device=device, dtype=dtype if key == 'patches' else None, non_blocking=True)
                 if isinstance(value, torch.Tensor) else value for key, value in images.items()}
-    return images.to(device=device, dtype=dtype)
+    return images.to(device=device, dtype=dtype, non_blocking=True)
 
 
 def in_format(images: Any, channels_last: bool) -> Any:
@@ -315,7 +319,8 @@ class StepMeter:
         loss = self.read()
         text = f'{self.size:>4d} {self.unit}  batch {self.batch:>4d} x{group.duplicates}  loss {loss:#.4g}'
         if norms is not None:
-            text += f'  norm {norms.norm.item():#.3g} -> {norms.smoothed.item():#.3g}'
+            norm, smoothed = torch.stack([norms.norm, norms.smoothed]).tolist()  # one wait for both
+            text += f'  norm {norm:#.3g} -> {smoothed:#.3g}'
         now = time.perf_counter()
         rate = (progress.images - self.images_shown) / (now - self.last_shown)
         text += f'  {rate:.1f} images/s  lr {lr:.3e}'
@@ -346,9 +351,9 @@ class StepMeter:
             NonFiniteLoss: Too many steps in a row had a loss that is not finite.
         """
         progress = self.progress
-        values = self.accelerator.gather(torch.stack([self.loss_sum, self.nonfinite])[None])
-        progress.loss_sum = values[:, 0].sum().item()
-        before, progress.nonfinite = progress.nonfinite, int(values[:, 1].max().item())
+        sums, nonfinite = zip(*self.accelerator.gather(torch.stack([self.loss_sum, self.nonfinite])[None]).tolist())
+        progress.loss_sum = sum(sums)
+        before, progress.nonfinite = progress.nonfinite, int(max(nonfinite))
         if progress.nonfinite and (not before or progress.nonfinite <= len(self.began)):
             progress.nonfinite_since = self.began.get(progress.step - progress.nonfinite + 1, progress.nonfinite_since)
         if self.max_nonfinite and progress.nonfinite >= self.max_nonfinite:
@@ -388,7 +393,8 @@ def validate(
     for images, targets in loader:
         if on_batch is not None:
             on_batch()
-        images, targets = to_device(images, accelerator.device, model_dtype), targets.to(accelerator.device)
+        images = to_device(images, accelerator.device, model_dtype)
+        targets = targets.to(accelerator.device, non_blocking=True)
         views = [images, images.flip(-1)] if tta == 2 else [images]
         with accelerator.autocast():
             outputs = [model(in_format(view, channels_last)) for view in views]

@@ -28,6 +28,7 @@ from .regime import Regime
 from .regularization import SizeRegularization
 from .sampler import EpochPlan, describe_plan
 from .sizes import SizeProbe, fit_sizes
+from .streaming import create_stream, num_images
 from .workers import WorkerInit
 
 _logger = logging.getLogger(__name__)
@@ -138,7 +139,8 @@ class EvaluationData:
             return islice(loader, None if num_batches is None else -(-num_batches // processes))
         return self._loader(
             self.train, size, self.args.batch_size, create=create_calibration_loader, num_batches=num_batches,
-            worker_timeout=self.args.worker_timeout, seed=self.args.seed, rank=self.accelerator.process_index,
+            scaled_decoding=self.args.scaled_decoding, worker_timeout=self.args.worker_timeout,
+            seed=self.args.seed, rank=self.accelerator.process_index,
             world_size=processes, distributed=False, persistent_workers=False, **augmentation)
 
     def shape(self, size: int) -> Tuple[int, int, int]:
@@ -167,11 +169,20 @@ class EvaluationData:
             options.update(is_training=True, num_samples=args.train_num_samples, repeats=args.epoch_repeats)
         else:
             options['num_samples'] = args.val_num_samples
+        if self._reads_shards():
+            for name in ('download', 'trust_remote_code'):
+                options.pop(name)
+            return create_stream(args.dataset, args.data_dir, split, **options)
         dataset = create_dataset(args.dataset, args.data_dir, split, **options)
         for name in ('epoch_repeats', 'train_num_samples', 'val_num_samples'):
             if getattr(args, name) and not isinstance(dataset, IterableDataset):
                 raise ValueError(f'--{name.replace("_", "-")} is for data that streams: leave it out')
         return dataset
+
+    def _reads_shards(self) -> bool:
+        """Whether the data are shards read by :mod:`~mixsize_timm.shards`; tar without a regime is left to timm."""
+        kind = self.args.dataset.partition('/')[0].lower() if '/' in self.args.dataset else ''
+        return kind == 'parquet' or kind == 'wds' and self.args.mixsize != 'off'
 
     def _loader(self, dataset: Any, size: int, batch_size: int, create: Any = None, **kwargs: Any) -> Any:
         """A loader at one base size with what all loaders of the run share."""
@@ -219,8 +230,10 @@ class Data(EvaluationData):
         self._validation_loaders: Dict[int, Any] = {}
         self.patch_size: Any = None
         self.regime = fit_regime(args, model, self.config['input_size'])
+        # what our loader walks; with --mixsize off it may have the one size
+        self.loader_regime = self.regime or (self._one_size() if args.fast_loader else None)
         # processes that the batches are for: the global batch is so many times --batch-size
-        self.plan_world_size = (plan_world_size if self.regime else None) or accelerator.num_processes
+        self.plan_world_size = (plan_world_size if self.loader_regime else None) or accelerator.num_processes
         if args.naflex_loader:
             if not hasattr(model, 'get_patch_size'):
                 raise UsageError(f'--naflex-loader needs a NaFlex model such as naflexvit_base_patch16_gap, and '
@@ -241,6 +254,11 @@ class Data(EvaluationData):
 
     def _resolve_config(self, model: Any) -> Dict[str, Any]:
         return resolve_data_config(vars(self.args), model=model)
+
+    @property
+    def num_train_images(self) -> int:
+        """Training images of an epoch, over all processes."""
+        return num_images(self.train)
 
     @property
     def sizes(self) -> Tuple[int, ...]:
@@ -299,7 +317,8 @@ class Data(EvaluationData):
                          'with --data-dir or --dataset')
         names = class_names(self.train)
         _logger.info('%d training and %d validation images%s, base size %s px, base batch %d, %d steps an epoch',
-                     len(self.train), len(self.validation or ()), f' of {len(names)} classes' if names else '',
+                     self.num_train_images, num_images(self.validation or ()),
+                     f' of {len(names)} classes' if names else '',
                      self.base_size, self.args.batch_size * self.plan_world_size, self.num_steps)
         if self.args.train_img_sizes:
             _logger.info("timm's scheduled sizes %s px, batches %s a process", self.args.train_img_sizes,
@@ -311,17 +330,16 @@ class Data(EvaluationData):
         if self.regime is None:
             return
         regime, processes = self.regime, self.plan_world_size
-        table, warnings = describe_plan(regime, len(self.train), processes, self.args.mixsize_drop)
+        table, warnings = describe_plan(regime, self.num_train_images, processes, self.args.mixsize_drop)
         _logger.info('MixSize %s, base duplicates %d\n%s', regime.adapt, regime.duplicates, table)
         if regime.batch_multiple > 1:
-            _logger.info('mixup and cutmix mix pairs: every batch is rounded to an even number')
+            _logger.info('%severy batch of a process is rounded to a multiple of %d',
+                         'mixup and cutmix mix pairs: ' if mixing(self.args) else '', regime.batch_multiple)
         for line in warnings:
             _logger.warning(line)
 
     def _train_loader(self) -> Any:
         args = self.args
-        if self.regime is not None and isinstance(self.train, IterableDataset):
-            raise UsageError('MixSize needs a data set with random access, and this one streams: use --mixsize off')
         options = {**self._mixup(), **self._planned()}
         dataset = self.train
         if args.aug_splits:
@@ -329,15 +347,23 @@ class Data(EvaluationData):
         with refusing('cannot load the training images'):
             loader = self._loader(dataset, self.base_size, args.batch_size, **options, **self._augmentation())
         if not len(loader):
-            raise UsageError(f'{len(self.train)} training images fill no batch: lower --batch-size')
+            raise UsageError(f'{self.num_train_images} training images fill no batch: lower --batch-size')
         return loader
+
+    def _one_size(self) -> Regime:
+        if self.height_width != [self.base_size] * 2:
+            raise UsageError(f'--fast-loader gives square images, and these are {self.height_width[0]}x'
+                             f'{self.height_width[1]} px: leave it out')
+        with refusing():
+            return Regime.fixed(self.base_size, batch_size=self.args.batch_size,
+                                batch_multiple=2 if mixing(self.args) else 1)
 
     def _mixup(self) -> Dict[str, Any]:
         """The loader's argument that mixes batches; without timm's prefetcher :attr:`mixup_fn` does."""
         args = self.args
         if not mixing(args):
             return {}
-        if self.regime is None and args.batch_size % 2 and not args.naflex_loader:
+        if self.loader_regime is None and args.batch_size % 2 and not args.naflex_loader:
             raise UsageError(f'mixup and cutmix want an even --batch-size, not {args.batch_size}')
         options = dict(
             mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, prob=args.mixup_prob,
@@ -350,17 +376,18 @@ class Data(EvaluationData):
             if not args.no_prefetcher:
                 # timm's workers would not hear of --mixup-off-epoch if they outlived an epoch
                 return dict(collate_fn=FastCollateMixup(**options),
-                            persistent_workers=self.regime is not None or not args.mixup_off_epoch)
+                            persistent_workers=self.loader_regime is not None or not args.mixup_off_epoch)
             self.mixup_fn = Mixup(**options)
         return {}
 
     def _planned(self) -> Dict[str, Any]:
         """The training loader's arguments on what a batch is: a regime's, timm's scheduled sizes', NaFlex's."""
         args = self.args
-        if self.regime is not None:
-            return dict(regime=self.regime, seed=args.seed, grad_accum_steps=args.grad_accum_steps,
+        if self.loader_regime is not None:
+            return dict(regime=self.loader_regime, seed=args.seed, grad_accum_steps=args.grad_accum_steps,
                         drop=args.mixsize_drop, size_reg=args.mixsize_reg, plan_world_size=self.plan_world_size,
-                        max_bad_images=args.max_bad_images, worker_timeout=args.worker_timeout)
+                        scaled_decoding=args.scaled_decoding, max_bad_images=args.max_bad_images,
+                        worker_timeout=args.worker_timeout)
         repeats = dict(num_aug_repeats=args.aug_repeats, num_aug_splits=args.aug_splits)
         if args.naflex_loader:
             patches = (dict(patch_size_choices=args.naflex_patch_sizes,

@@ -54,6 +54,8 @@ def _add_mixsize(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--mixsize-max-work', type=float, default=None, metavar='X',
                        help='lower a size\'s batch where its step costs more than X steps of the base size '
                             '(default: no limit)')
+    group.add_argument('--mixsize-batch-multiple', type=int, default=1, metavar='N',
+                       help='round the batch of every size to a multiple of N; 8 suits tensor cores (default: 1)')
     group.add_argument('--mixsize-drop', choices=DROP_RULES, default='tail',
                        help='what becomes of images that fill no batch of their size: handed to other sizes, or '
                             'dropped as in the paper (default: tail)')
@@ -77,8 +79,9 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('data', nargs='?', metavar='DIR', default=None, help='data folder, the same as --data-dir')
     group.add_argument('--data-dir', metavar='DIR', default=None, help='data folder')
     group.add_argument('--dataset', metavar='NAME', default='',
-                       help='kind and name as timm has them: torch/cifar10, hfds/..., or digits '
-                            '(default: image folder or tar file; digits if there is no --data-dir)')
+                       help='kind and name as timm has them: torch/cifar10, hfds/..., those that stream wds/..., '
+                            'hfids/... and ours parquet/, or digits (default: image folder or tar file; digits where '
+                            'there is no --data-dir)')
     group.add_argument('--train-split', metavar='NAME', default='train', help='training split (default: train)')
     group.add_argument('--val-split', metavar='NAME', default='validation',
                        help='validation split, "" for none (default: validation)')
@@ -407,6 +410,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--pin-mem', action='store_true', default=False, help='pin the memory of batches')
     group.add_argument('--no-prefetcher', action='store_true', default=False,
                        help='normalise and erase in the workers, not on the device')
+    group.add_argument('--fast-loader', action='store_true', default=False,
+                       help='MixSize\'s loader for one size too, with --mixsize off: the same augmentation, faster')
+    group.add_argument('--scaled-decoding', action='store_true', default=False,
+                       help='decode a JPEG at 1/2, 1/4 or 1/8 of its size where its step still has all its '
+                            'pixels: faster for small sizes, pixels differ a little')
     group.add_argument('--use-multi-epochs-loader', action='store_true', default=False,
                        help='timm\'s loader that keeps its workers, with --mixsize off only')
     group.add_argument('--output', default='', metavar='DIR', help='folder of runs (default: ./output/train)')

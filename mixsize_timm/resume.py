@@ -19,6 +19,7 @@ from .provenance import read_run
 from .randomness import random_state, set_random_state
 from .saver import CheckpointHistory
 from .sharding import full_optimizer_state, load_full_optimizer_state
+from .streaming import StreamBatches
 
 _logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def training_state(run: Any) -> Dict[str, Any]:
         'scaler': scaler.state_dict() if scaler else None,
         'plateau': _plateau_state(run.lr_scheduler) if run.args.sched == 'plateau' else None,
         'plan': _plan_digest(run),
+        'stream': _stream_layout(run),
         'random': gather_object([random_state()]),
         'buffers': gather_object([_buffers(run)]),
         'bad_images': [[index, *bad] for index, bad in share_bad_images(run.data.loader).items()],
@@ -102,6 +104,7 @@ def restore(run: Any, folder: str) -> None:
                         'dropout is drawn anew', len(state['random']), processes, state['world_size'])
     run.progress = Progress.from_dict(state['progress'])
     _check_place(run, state['plan'])
+    _check_stream(run, state.get('stream'))
     share_bad_images(run.data.loader, {index: (name, reason) for index, name, reason in state['bad_images']})
     with refusing():
         run.starts = read_run(run_folder(folder)).get('starts', [])
@@ -192,9 +195,17 @@ def _plan_digest(run: Any) -> str:
     if not run.progress.step or not isinstance(run.data.loader, MixSizeLoader):
         return ''
     plan, digest = run.data.start_epoch(run.progress.epoch, run.progress.step), hashlib.sha256()
-    for array in (plan.size, plan.batch, plan.duplicates, plan.step, plan.order):
+    for array in (plan.size, plan.batch, plan.duplicates, plan.step):
         digest.update(array.tobytes())
+    batches = run.data.loader.dataset
+    digest.update(batches.identity if isinstance(batches, StreamBatches) else plan.order.tobytes())
     return digest.hexdigest()
+
+
+def _stream_layout(run: Any) -> Optional[Dict[str, int]]:
+    """What the images of data that stream depend on beside seed and epoch; ``None`` for other data."""
+    batches = getattr(run.data.loader, 'dataset', None)
+    return batches.layout if isinstance(batches, StreamBatches) else None
 
 
 def _check_place(run: Any, plan: str) -> None:
@@ -210,6 +221,16 @@ def _check_place(run: Any, plan: str) -> None:
         return
     _logger.warning('%s: epoch %d is trained from its beginning', why, progress.epoch)
     progress.start_epoch(progress.epoch)
+
+
+def _check_stream(run: Any, layout: Optional[Dict[str, int]]) -> None:
+    """Warn of an epoch of data that stream which other workers go on with than began it."""
+    here = _stream_layout(run)
+    if run.progress.step and layout and here and layout != here:
+        _logger.warning(
+            'Epoch %d was begun by %d processes of %d data workers and goes on with %d of %d, who read the shards in '
+            'another order: some images come twice in it, others not at all', run.progress.epoch,
+            layout['processes'], layout['workers'], here['processes'], here['workers'])
 
 
 def _buffers(run: Any) -> Optional[List[Dict[str, torch.Tensor]]]:

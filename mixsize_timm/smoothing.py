@@ -48,7 +48,7 @@ class GradientSmoother:
         """Smooth the gradients of ``parameters`` in place; those without a gradient are passed over."""
         grads = [p.grad for p in parameters if p.grad is not None]
         norm = _whole(torch.nn.utils.get_total_norm(grads)).float()
-        running = self.running_norm.to(norm.device)
+        running = self.running_norm.to(norm.device, non_blocking=True)  # from the CPU, at the first step
         first = running.isnan()
         smoothed = torch.where(first, norm, self.momentum * running + (1 - self.momentum) * norm)
         finite = norm.isfinite()

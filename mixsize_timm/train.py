@@ -189,7 +189,7 @@ class Training:
                 self.progress, self.task, self.data.loader if self.progress.step < plan.num_steps else (), plan,
                 self.optimizer, accelerator, smoother=self.smoother,
                 lr_scheduler=self.lr_scheduler, mixup_fn=self.data.mixup_fn,
-                mixup_seed=args.seed if self.data.regime is not None else None,
+                mixup_seed=args.seed if self.data.loader_regime is not None else None,
                 set_size=self.regularization.set_size if self.regularization else None,
                 batch_scale=create_batch_scale(args, self.data, accelerator),
                 micro_batch_size=self.micro_batch_size, clip_grad=args.clip_grad,
@@ -363,7 +363,8 @@ class Training:
                 'name': os.path.basename(self.folder), 'checkpoint': self.folder, 'model': args.model,
                 **describe_weights(used),
                 'calibrated': self.data.num_calibration_batches(args.calibrate) if calibrated else 0,
-                'training': training_cost(used, self.progress.to_dict(), self.data.channels),
+                'training': training_cost(used, self.progress.to_dict(), self.data.channels,
+                                          {self.data.shape(row['img_size']): row['gmacs'] for row in results}),
                 'data': self.data.to_dict(), 'regime': self.data.regime.to_dict() if self.data.regime else None,
                 'results': results}
             write_sizes(os.path.join(self.folder, SIZES_FILE),
@@ -393,7 +394,7 @@ class Training:
 
     def _evaluate(self, model: nn.Module, size: int) -> Dict[str, float]:
         # torch's loaders draw from the global generator; only with --mixsize off shall training feel it, as timm's does
-        with torch.random.fork_rng(devices=[], enabled=self.data.regime is not None):
+        with torch.random.fork_rng(devices=[], enabled=self.data.loader_regime is not None):
             return validate(model, self.data.validation_loader(size), self.task, self.accelerator,
                             self.args.channels_last, model_dtype(self.args), self.args.tta, self._before_batch)
 
@@ -490,7 +491,7 @@ class Training:
         start = {'command': self.command, 'epoch': self.progress.epoch, 'step': self.progress.step,
                  **environment(self.accelerator)}
         return {'starts': [*self.starts, start], 'regime': data.regime.to_dict() if data.regime else None,
-                'data': {'train_images': len(data.train),
+                'data': {'train_images': data.num_train_images,
                          'validation_images': data.num_images if data.validation is not None else 0,
                          'class_names': class_names(data.train)}}
 

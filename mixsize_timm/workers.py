@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 
 from torch.utils.data import DataLoader, get_worker_info
 
+from .buffers import SharedSlots
 from .datasets import BadImagesError
 
 _CURES = {
@@ -109,6 +110,7 @@ class WatchedLoader(DataLoader):
         max_bad_images: Part of the data set's images that may be unreadable, in [0, 1].
         worker_timeout: Seconds, while a batch is waited for, in which a worker that is at an image must be done with
             it; 0 for no limit. However long a whole batch takes, its worker is not disturbed.
+        slots: Where the batches come from, if it is used: what dead workers had of it is freed.
         worker_init_fn: What starts a worker, beside :class:`WorkerInit`.
         **kwargs: Every other argument of ``DataLoader``; ``timeout`` is not needed.
 
@@ -118,7 +120,8 @@ class WatchedLoader(DataLoader):
     dataset: Any
 
     def __init__(self, dataset: Any, *, max_bad_images: float = 1., worker_timeout: float = 45.,
-                 worker_init_fn: Optional[Callable[[int], None]] = None, **kwargs: Any) -> None:
+                 slots: Optional[SharedSlots] = None, worker_init_fn: Optional[Callable[[int], None]] = None,
+                 **kwargs: Any) -> None:
         if not 0 <= max_bad_images <= 1:
             raise ValueError(f'max_bad_images must be in [0, 1], not {max_bad_images}')
         if not worker_timeout >= 0:
@@ -126,6 +129,7 @@ class WatchedLoader(DataLoader):
         super().__init__(dataset, worker_init_fn=WorkerInit(worker_init_fn), **kwargs)
         self.max_bad_images = max_bad_images
         self.worker_timeout = worker_timeout
+        self.slots = slots
         self.bad_images: Dict[int, Tuple[str, str]] = {}
         self._processes: List[Any] = []
         self._hung: Optional[int] = None  # worker
@@ -144,6 +148,8 @@ class WatchedLoader(DataLoader):
         self._failure = self._hung = None
         if not self.persistent_workers:
             self.dataset.heartbeats.clear()
+            if self.slots is not None:
+                self.slots.clear()
         watch = _Watch(self)
         try:
             with watch.waiting():

@@ -79,7 +79,7 @@ class Built:
 
     @property
     def collate(self) -> Any:
-        return getattr(self.loader.dataset, 'collate_fn', self.loader.collate_fn)
+        return getattr(self.loader.dataset, 'maker', self.loader).collate_fn
 
     @property
     def validation(self) -> Any:
@@ -95,7 +95,7 @@ class Built:
 
     def transform(self, size=32) -> list:
         dataset = self.loader.dataset
-        composed = dataset.transforms[size] if hasattr(dataset, 'transforms') else dataset.transform
+        composed = dataset.maker.transforms[size] if hasattr(dataset, 'maker') else dataset.transform
         return list(composed.transforms)
 
     def step(self, kind: type, size=32) -> Any:
@@ -177,13 +177,19 @@ MIXSIZE = [
     Row('mixsize', '--mixsize off', lambda b: type(b.data.loader).__name__, 'PrefetchLoader'),
     Row('mixsize', '--mixsize s144', lambda b: b.data.regime.probs[0], pytest.approx(0.8)),
     Row('mixsize_adapt', '--mixsize-adapt b+', lambda b: set(b.plan.duplicates), {1}),
-    Row('mixsize_sizes', '--mixsize-sizes 32 40', lambda b: sorted(b.loader.dataset.transforms), [32, 40]),
+    Row('mixsize_sizes', '--mixsize-sizes 32 40', lambda b: sorted(b.loader.dataset.maker.transforms), [32, 40]),
     Row('mixsize_probs', '--mixsize-probs 5 1', lambda b: sum(b.plan.batch[b.plan.size == 32]), 20,
         '--mixsize-sizes 32 48'),
     Row('mixsize_duplicates', '--mixsize-duplicates 3', lambda b: set(b.plan.duplicates[b.plan.size == 32]), {3}),
     Row('mixsize_max_work', '--mixsize-max-work 1', lambda b: set(b.plan.batch[b.plan.size == 48]), {1},
         '--mixsize-sizes 32 48'),
+    Row('mixsize_batch_multiple', '--mixsize-batch-multiple 4', lambda b: {*b.plan.batch[b.plan.size == 24]}, {12},
+        '-b 6 --mixsize-sizes 24 32 --mixsize-adapt b+ --mixsize-drop reference'),
     Row('mixsize_drop', '--mixsize-drop reference', lambda b: b.plan.dropped, 8, '-b 8 --mixsize-sizes 16 32'),
+    Row('mixsize_batch_multiple', '--mixsize-batch-multiple 8', lambda b: b.data.regime.group(32)[0], 16,
+        '-b 12 --mixsize-sizes 32'),
+    Row('fast_loader', '--fast-loader', lambda b: type(b.data.loader).__name__, 'MixSizeLoader', '--mixsize off'),
+    Row('scaled_decoding', '--scaled-decoding', lambda b: b.loader.dataset.maker.scaled_decoding, True),
     Row('mixsize_reg', '--mixsize-reg 0.5', lambda b: b.step(transforms.ColorJitter, 16).brightness, (0.7, 1.3)),
     Row('mixsize_reg', '--mixsize-reg 0.5', lambda b: (b.loop['set_size'](48), b.layers(DropPath)[-1].drop_prob)[1],
         pytest.approx(0.25), '--drop-path 0.2'),
@@ -461,7 +467,7 @@ MOVING_AVERAGE = [
 
 RUN = [
     Row('seed', '--seed 7', lambda b: [
-        torch.initial_seed(), b.scheduler.noise_seed, b.loader.dataset.seed, call_of_split(b, 0)['seed'],
+        torch.initial_seed(), b.scheduler.noise_seed, b.loader.dataset.maker.seed, call_of_split(b, 0)['seed'],
         b.loader.batch_sampler._arguments['seed']], [7] * 5),
     Row('seed', '--seed 7', lambda b: b.loader.batch_sampler.seed, 7, '--train-img-sizes 24 32'),
     Row('workers', '-j 2', lambda b: (b.loader.num_workers, b.validation.loader.num_workers), (2, 2)),

@@ -7,7 +7,9 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
+from torchvision.transforms.functional import pil_to_tensor
 
 from mixsize_timm.datasets import create_dataset
 
@@ -182,8 +184,10 @@ def test_what_pil_can_read_is_decoded_to_8_bit_rgb(opened, kind, extension, make
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)  # PIL's, of transparency in bytes
         image, target, bad_images = dataset.read(0)
-    assert image.mode == 'RGB' and target == 0 and not bad_images
-    assert pixel is None or image.getpixel((0, 0)) == pytest.approx(pixel, abs=3)
+        for_timm, _ = dataset[0]
+    assert image.pixels.dtype == torch.uint8 and for_timm.mode == 'RGB' and target == 0 and not bad_images
+    assert torch.equal(image.pixels, pil_to_tensor(for_timm)) and image.size == for_timm.size
+    assert pixel is None or tuple(image.pixels[:, 0, 0].tolist()) == pytest.approx(pixel, abs=3)
     assert pixel is None or image.size in ((16, 8), (1, 1))
 
 
@@ -191,7 +195,7 @@ def test_what_pil_can_read_is_decoded_to_8_bit_rgb(opened, kind, extension, make
 def test_what_cannot_be_read_is_replaced_and_named(opened, kind, extension, make, reason):
     dataset = opened(lambda path: path.write_bytes(make()), extension)
     image, target, bad_images = dataset.read(0)
-    assert image.getpixel((0, 0)) == BLUE and target == 0
+    assert tuple(image.pixels[:, 0, 0].tolist()) == BLUE and target == 0
     assert list(bad_images) == [0] and bad_images[0][0].endswith(f'train/cat/a.{extension}')
     assert reason.lower() in bad_images[0][1].lower() and '\n' not in bad_images[0][1]
 

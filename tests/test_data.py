@@ -7,7 +7,6 @@ import pytest
 import timm.data
 import torch
 from timm.data import FastCollateMixup, create_dataset
-from torch.utils.data import IterableDataset
 
 from mixsize_timm.data import MixSizeLoader, create_loader
 from mixsize_timm.datasets import BadImagesError, DigitsDataset
@@ -212,12 +211,6 @@ def test_nothing_but_broken_images_is_an_error(image_folder):
 
 
 def test_contradictions_are_named():
-    class Streaming(IterableDataset):
-        def __iter__(self):
-            return iter([])
-
-    with pytest.raises(TypeError, match='this one streams'):
-        loader_of(Streaming())
     with pytest.raises(ValueError, match='regime is for training'):
         loader_of(DigitsDataset(), is_training=False)
     with pytest.raises(ValueError, match='num_aug_splits cannot be had together with a regime'):

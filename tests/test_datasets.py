@@ -167,7 +167,7 @@ class Held(torch.utils.data.Dataset):
 
 
 def width(dataset, index, *key):
-    return dataset.read(index, *key)[0].width - 1
+    return dataset.read(index, *key)[0].size[0] - 1
 
 
 @pytest.mark.parametrize('attributes', [
@@ -192,7 +192,7 @@ def test_classes_are_told_without_reading_images(attributes):
 def test_the_next_readable_image_is_taken_where_the_class_offers_none(broken, attributes, expected):
     dataset = ReadableDataset(Held(broken, **attributes))
     image, target, bad_images = dataset.read(min(broken - {1}))
-    assert image.width - 1 == expected and target == expected % 2
+    assert image.size[0] - 1 == expected and target == expected % 2
     assert set(bad_images) <= broken and all(reason == 'cut off' for _, reason in bad_images.values())
 
 

@@ -9,11 +9,17 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from timm.data import Mixup
+from timm.optim import get_optimizer_info
 from timm.scheduler import CosineLRScheduler
 from timm.task import ClassificationTask
+from torch import nn
 from torch.amp import GradScaler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixsize_timm import memory, train
+from mixsize_timm.args import parse_args
+from mixsize_timm.build import create_optimizer
 from mixsize_timm.engine import NonFiniteLoss, Progress, train_one_epoch
 from mixsize_timm.errors import UsageError
 from mixsize_timm.regime import Regime
@@ -26,18 +32,20 @@ REGIME = Regime.fixed(32, batch_size=6)
 class Loop:
     """A tiny model trained on noise, six images a step."""
 
-    def __init__(self, steps=4, scaler=None, model='test_vit', poison=(), **options):
+    def __init__(self, steps=4, scaler=None, model='test_vit', poison=(), accumulation=1, **options):
         torch.manual_seed(0)
-        self.model = timm.create_model(model, num_classes=2, **({'img_size': 32} if 'vit' in model else {}))
+        self.model = model if isinstance(model, nn.Module) else timm.create_model(
+            model, num_classes=2, **({'img_size': 32} if 'vit' in model else {}))
         self.accelerator = Accelerator(cpu=True)
         self.task = ClassificationTask(self.model, verbose=False)
         self.task.setup_ema(decay=0.5)
+        self.task.to(self.accelerator.device)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
         self.accelerator.scaler = scaler
         if scaler is not None:  # Accelerate's own is for fp16, which needs a GPU
             self.accelerator.unscale_gradients = lambda optimizer: scaler.unscale_(optimizer.optimizer)
         self.task.trainable_module, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        self.plan = plan_epoch(REGIME, 6 * steps)
+        self.plan = plan_epoch(REGIME, 6 * steps, grad_accum_steps=accumulation)
         generator = torch.Generator().manual_seed(1)
         self.batches = [(torch.randn(6, 3, 32, 32, generator=generator), torch.arange(6) % 2) for _ in range(steps)]
         for step in poison:
@@ -52,6 +60,94 @@ class Loop:
 
     def weights(self):
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a host waits for a device for: figures read from it, and copies that are not left to it.
+
+    The device is torch's meta device, which has no figures: all else that looks at them is an error.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function.name()
+        if name == 'aten::_local_scalar_dense' and args[0].is_meta:
+            self.count['read'] += 1
+            return 1.
+        if name in ('aten::_to_copy', 'aten::copy_'):
+            source = args[0] if name == 'aten::_to_copy' else args[1]
+            to_meta = args[0].is_meta if name == 'aten::copy_' else 'meta' in str(kwargs.get('device') or source.device)
+            if source.is_meta and not to_meta:
+                self.count['read'] += 1
+                return torch.ones(source.shape, dtype=kwargs.get('dtype') or source.dtype)
+            if to_meta and not source.is_meta and not (kwargs.get('non_blocking') or True in args[2:]):
+                self.count['copied'] += 1
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize('clip_mode', ['norm', 'value', 'agc'])
+def test_nothing_waits_for_the_device_between_log_lines(monkeypatch, clip_mode):
+    """With smoothing, clipping, a moving average, mixup, accumulated gradients and batches in parts."""
+    monkeypatch.setattr(Accelerator, 'device', torch.device('meta'))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.AvgPool2d(15), nn.Flatten(), nn.Linear(4, 2))
+    at_step = []
+    loop = Loop(steps=16, model=model, accumulation=2, log_interval=3, clip_grad=1., clip_mode=clip_mode,
+                mixup_fn=Mixup(mixup_alpha=0.2, cutmix_alpha=1., num_classes=2), mixup_seed=1,
+                micro_batch_size=lambda _: 3, on_step=lambda _: at_step.append(waits.count.copy()))
+    loop.options['lr_scheduler'] = CosineLRScheduler(loop.optimizer.optimizer, t_initial=8, t_in_epochs=False)
+    with Waits() as waits:
+        loop.run()
+    # two at a log line, for the loss and for the norms, with the steps 1, 4, 7 and the last; one for the whole epoch
+    assert [count['read'] for count in at_step] == [2, 2, 2, 4, 4, 4, 6, 8] and waits.count == {'read': 9}
+
+
+def test_what_waits_for_a_device_is_counted():
+    on_device = torch.ones(2, device='meta')
+    for wait in (lambda: on_device[0].item(), on_device.tolist, on_device.cpu, lambda: bool(on_device[0]),
+                 lambda: torch.ones(2).to('meta'), lambda: on_device.copy_(torch.ones(2)),
+                 lambda: torch.ones(2).copy_(on_device)):
+        with Waits() as waits:
+            wait()
+        assert waits.count.total() == 1
+    with Waits() as waits:
+        torch.ones(2).to('meta', non_blocking=True), on_device.copy_(torch.ones(2), non_blocking=True)
+    assert not waits.count
+
+
+def test_torchs_optimizers_are_fused_on_a_gpu_where_nothing_speaks_against_it(monkeypatch):
+    model = nn.Linear(2, 2)
+
+    def fused(*options, device='cuda', scaler=None):
+        monkeypatch.setattr(Accelerator, 'device', torch.device(device))
+        args, accelerator = parse_args(['--num-classes', '2', '--opt', 'sgd', *options]), Accelerator(cpu=True)
+        accelerator.scaler = scaler
+        kind = get_optimizer_info(args.opt.split('_')[-1]).opt_class
+        optimizer = create_optimizer(args, model, accelerator, kind)
+        return bool(optimizer.param_groups[0].get('fused'))
+
+    assert all(fused('--opt', name) for name in ('sgd', 'adam', 'adamw', 'lookahead_sgd'))
+    assert not any(fused('--opt', name) for name in ('nadam', 'lamb', 'sgdw', 'lion'))
+    assert not fused(device='cpu') and fused('--opt-kwargs', 'fused=True', device='cpu')
+    assert not fused('--opt-kwargs', 'fused=False') and not fused('--opt-kwargs', 'foreach=True')
+    assert not fused(scaler=GradScaler('cpu'))
+    with pytest.raises(UsageError, match='fused=True hides the steps that overflow'):
+        fused('--opt-kwargs', 'fused=True', scaler=GradScaler('cpu'))
+
+
+def test_accelerate_does_not_see_a_step_that_a_fused_optimizer_leaves_out():
+    """Why they are not used under loss scaling."""
+    for fused in (False, True):
+        accelerator = Accelerator(cpu=True)
+        weight = nn.Parameter(torch.ones(1))
+        accelerator.scaler = GradScaler('cpu')
+        optimizer = accelerator.prepare_optimizer(torch.optim.SGD([weight], lr=1., fused=fused))
+        accelerator.scaler.scale((weight * float('inf')).sum()).backward()
+        optimizer.step()
+        assert weight.item() == 1 and accelerator.optimizer_step_was_skipped is not fused
+        accelerator.free_memory()
 
 
 @pytest.mark.parametrize('size', [1, 2, 4, 6, 100])

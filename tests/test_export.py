@@ -19,13 +19,15 @@ from mixsize_timm.export import HUB_FILES
 from mixsize_timm.report import SIZES_FILE
 
 CARD_TEMPLATE = Path(__file__).parents[1] / 'hub' / 'card.md.jinja'
+TWO = ['--mixsize-sizes', '32', '48']  # the base size and another; test_resnet has all four of its regime
 FAMILIES = {
     'test_resnet': [],
-    'test_efficientnet': [],
-    'mobilenetv3_small_050': [],
-    'test_convnext': ['--img-size', '64'],
-    'regnetx_002': ['--model-kwargs', 'depth=8'],
-    'vit_tiny_patch16_224': ['--img-size', '64', '--model-kwargs', 'dynamic_img_size=True', 'depth=2'],
+    'test_efficientnet': TWO,
+    'mobilenetv3_small_050': TWO,
+    'test_convnext': ['--img-size', '64', '--mixsize-sizes', '64', '96'],
+    'regnetx_002': ['--model-kwargs', 'depth=8', *TWO],
+    'vit_tiny_patch16_224': ['--img-size', '64', '--mixsize-sizes', '64', '96', '--model-kwargs',
+                             'dynamic_img_size=True', 'depth=2'],
 }
 
 

@@ -84,13 +84,13 @@ def test_the_loader_scales_the_augmentation_of_each_size():
         return policy.ops[0].magnitude
 
     dataset = transforms_of(auto_augment='rand-m8', size_reg=1.)
-    assert {size: magnitude(t) for size, t in dataset.transforms.items()} == {16: 4, 24: 6, 32: 8, 48: 12}
+    assert {size: magnitude(t) for size, t in dataset.maker.transforms.items()} == {16: 4, 24: 6, 32: 8, 48: 12}
     dataset = transforms_of(auto_augment='rand-m8')
-    assert {magnitude(t) for t in dataset.transforms.values()} == {8} and dataset.set_size is None
+    assert {magnitude(t) for t in dataset.maker.transforms.values()} == {8} and dataset.maker.set_size is None
 
 
 def test_the_loader_scales_its_mixup_batch_by_batch():
     mixup = FastCollateMixup(mixup_alpha=0.4, num_classes=10)
     dataset = transforms_of(collate_fn=mixup, size_reg=1.)
-    dataset.set_size(16)
+    dataset.maker.set_size(16)
     assert mixup.mixup_alpha == pytest.approx(0.2)

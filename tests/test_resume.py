@@ -19,7 +19,8 @@ from mixsize_timm.checkpoint import copy_checkpoint, newest_checkpoint, run_fold
 from mixsize_timm.saver import CheckpointHistory
 
 TINY = ['--model', 'test_resnet', '-j', '0', '-b', '8', '--opt', 'sgd', '--lr', '0.05', '--warmup-epochs', '0',
-        '--img-size', '32', '--num-classes', '2', '--mixsize-sizes', '24', '32']
+        '--img-size', '32', '--num-classes', '2', '--mixsize-sizes', '24', '32', '--calibrate', '1',
+        '--calibrate-val', '1']
 
 
 @pytest.fixture

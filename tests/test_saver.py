@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from conftest import save_checkpoint
+from conftest import save_checkpoint, write_image_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -247,12 +247,20 @@ TINY = ['--model', 'test_resnet', '-j', '0', '-b', '8', '--opt', 'sgd', '--lr', 
         '0', '--model-ema', '--checkpoint-interval', '2', '--no-aug']
 
 
-@pytest.mark.parametrize('damaged', ['model.safetensors', 'model_ema.safetensors', 'state.json', 'manifest.json'])
-def test_a_run_goes_on_from_the_checkpoint_before_a_torn_one(tmp_path, image_folder, caplog, damaged):
-    argv = [*TINY, '--data-dir', str(image_folder), '--epochs', '3', '--output', str(tmp_path), '--experiment', 'run',
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A folder with images and a run of two of its three epochs; and its arguments."""
+    tmp = tmp_path_factory.mktemp('trained')
+    argv = [*TINY, '--data-dir', str(write_image_folder(tmp / 'data')), '--epochs', '3', '--experiment', 'run',
             '--resume', 'auto', '--checkpoint-hist', '1']
-    assert train.main([*argv, '--stop-epoch', '2']) == 0
-    folder = tmp_path / 'run'
+    assert train.main([*argv, '--output', str(tmp), '--stop-epoch', '2']) == 0
+    return tmp / 'run', argv
+
+
+@pytest.mark.parametrize('damaged', ['model.safetensors', 'model_ema.safetensors', 'state.json', 'manifest.json'])
+def test_a_run_goes_on_from_the_checkpoint_before_a_torn_one(tmp_path, trained, caplog, damaged):
+    folder = shutil.copytree(trained[0], tmp_path / 'run')
+    argv = [*trained[1], '--output', str(tmp_path)]
     reference = (folder / 'summary.csv').read_text()
     path = folder / 'last' / damaged
     path.write_bytes(path.read_bytes()[:-7])

@@ -20,7 +20,8 @@ from mixsize_timm.models import create_model
 from mixsize_timm.sampler import EpochPlan
 
 TINY = ['--model', 'test_resnet', '-j', '0', '-b', '8', '--lr', '0.01', '--warmup-epochs', '0', '--img-size', '32',
-        '--num-classes', '2', '--mixsize-sizes', '24', '32', '--epochs', '2', '--log-interval', '1']
+        '--num-classes', '2', '--mixsize-sizes', '24', '32', '--epochs', '2', '--log-interval', '1', '--calibrate', '2',
+        '--calibrate-val', '1']
 OFF = ['--mixsize', 'off']
 
 
@@ -80,7 +81,8 @@ def test_the_moving_average_on_the_cpu_is_saved_but_not_validated(run, caplog):
                'num_heads=2', 'dynamic_img_size=True', '--mixsize', 'off', '--kd-token-distill-type', 'hard']),
 ])
 def test_each_distillation_trains_the_student_and_leaves_the_teacher(run, teacher, kind, extra):
-    folder, training = run('--kd-model-name', teacher, '--kd-distill-type', kind, *extra, off=kind == 'token')
+    folder, training = run('--kd-model-name', teacher, '--kd-distill-type', kind, '--epochs', 1, *extra,
+                           off=kind == 'token')
     before = timm.create_model(teacher, pretrained=True, num_classes=2).state_dict()
     assert all(map(torch.equal, before.values(), training.task.teacher.model.state_dict().values()))
     names = load_file(folder / 'last' / 'model.safetensors').keys()
@@ -341,7 +343,7 @@ def test_a_label_that_cannot_be_is_an_error_and_not_another_image():
 
     images = timm.data.ImageDataset('', reader=Reader(), target_transform=MultiLabelTarget(2))
     readable = ReadableDataset(images)
-    readable._decode = lambda index: (None, [5])
+    readable._pil = lambda index: (None, [5])
     images.reader.extend([None, None])
     with pytest.raises(ValueError, match='must be in'):
         readable[0]

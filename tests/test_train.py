@@ -15,7 +15,7 @@ from mixsize_timm import train
 from mixsize_timm.datasets import DigitsDataset
 
 TINY = ['--model', 'test_resnet', '--img-size', '32', '-j', '0', '--opt', 'lamb', '--lr', '0.005', '--warmup-epochs',
-        '0', '--log-interval', '1']
+        '0', '--log-interval', '1', '--calibrate', '2', '--calibrate-val', '1']
 
 
 def run(tmp_path, *argv, name='run'):
@@ -49,7 +49,7 @@ def sizes(folder):
 
 def test_a_run_leaves_what_it_says(tmp_path, image_folder, capsys, caplog):
     with caplog.at_level('INFO'):
-        folder = folder_run(tmp_path, image_folder, '--epochs', 2)
+        folder = folder_run(tmp_path, image_folder, '--epochs', 2, '--calibrate', 200, '--calibrate-val', 10)
     results = sizes(folder)['results']
     assert [row['img_size'] for row in results] == [16, 24, 32, 48]
     assert all({'top1', 'top1_uncalibrated', 'top5', 'loss'} <= row.keys() for row in results)
@@ -341,21 +341,10 @@ def test_torch_data_sets_and_tar_files_train(tmp_path, image_folder):
     run(tmp_path, '--data-dir', tmp_path / 'images.tar', '--val-split', '', *options, name='tar')
 
 
-def test_streaming_data_train_with_mixsize_off_only(tmp_path, image_folder, capsys, monkeypatch):
-    class Streaming(IterableImageDataset):
-        def __init__(self, dataset):
-            super().__init__('', reader=dataset)
-
-        def __iter__(self):
-            for image, target in self.reader:
-                yield self.transform(image), target
-
-        def set_loader_cfg(self, num_workers=None):
-            pass
-
-    monkeypatch.setattr('mixsize_timm.loaders.create_dataset', lambda name, root, split, **kwargs: Streaming(
-        [DigitsDataset(split)[i] for i in range(32)]))
+def test_streaming_data_train_with_mixsize_and_without(tmp_path, monkeypatch):
+    monkeypatch.setattr('mixsize_timm.loaders.create_dataset', lambda name, root, split, **kwargs: IterableImageDataset(
+        '', reader=[DigitsDataset(split)[i] for i in range(32)]))
     options = ['--dataset', 'hfids/streaming', '--num-classes', 10, '-b', 8, '--epochs', 1]
-    assert 'use --mixsize off' in error_of(capsys, *options)
-    folder = run(tmp_path, *options, '--mixsize', 'off')
-    assert sizes(folder)['results'][0]['img_size'] == 32
+    for name, mode in (('mixed', ('custom', '--mixsize-sizes', 24, 32)), ('off', ('off',))):
+        folder = run(tmp_path, *options, '--mixsize', *mode, name=name)
+        assert sizes(folder)['results'][-1]['img_size'] == 32

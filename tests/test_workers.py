@@ -153,11 +153,11 @@ class Failing:
 @pytest.mark.parametrize('persistent', [False, True])
 def test_an_error_in_a_transform_is_one_line_and_keeps_its_cause(persistent):
     loader = loader_of(lambda index: None, persistent_workers=persistent)
-    loader.dataset.transforms[16] = Failing()
+    loader.dataset.maker.transforms[16] = Failing()
     first = int(next(loader.batch_sampler.plan.groups()).images[0])
     assert failure(loader) == f'data worker 0 failed at image folder/{first}.png: ValueError: no such colour'
     loader = loader_of(lambda index: None, num_workers=0)
-    loader.dataset.transforms[16] = Failing()
+    loader.dataset.maker.transforms[16] = Failing()
     with pytest.raises(ValueError, match='no such\ncolour'):
         next(iter(loader))
 
@@ -177,22 +177,23 @@ ORPHAN = '''
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from test_workers import children, loader_of
-loader = loader_of(lambda index: time.sleep(float(sys.argv[2])), num_workers=2)
-iterator = iter(loader)
-next(iterator)
+loaders = [loader_of(lambda index, seconds=seconds: time.sleep(seconds), num_workers=2) for seconds in (0, 0.3)]
+iterators = [iter(loader) for loader in loaders]
+for iterator in iterators:
+    next(iterator)
 print(*[child.pid for child in children()], flush=True)
 time.sleep(600)
 '''
 
 
-@pytest.mark.parametrize('seconds', [0, 0.3], ids=['idle', 'busy'])
-def test_workers_end_by_themselves_when_the_main_process_is_killed(seconds):
-    main = subprocess.Popen([sys.executable, '-c', ORPHAN, os.path.dirname(__file__), str(seconds)],
-                            stdout=subprocess.PIPE, text=True)
+def test_workers_end_by_themselves_when_the_main_process_is_killed():
+    """Those of two loaders: idle ones, and others that are busy."""
+    main = subprocess.Popen([sys.executable, '-c', ORPHAN, os.path.dirname(__file__)], stdout=subprocess.PIPE,
+                            text=True)
     workers = [psutil.Process(int(pid)) for pid in main.stdout.readline().split()]
     main.kill()
     main.wait()
-    assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=30)[1]
+    assert len(workers) == 4 and not psutil.wait_procs(workers, timeout=30)[1]
 
 
 def test_a_heartbeat_says_nothing_in_the_main_process():

@@ -1,0 +1,127 @@
+"""timm's training transforms on uint8 tensors; the crop can be chosen before the image is decoded."""
+import random
+from typing import Any, Callable, List, Sequence, Tuple
+
+import torch
+import torchvision.transforms.functional as F
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import MaybePILToTensor, MaybeToTensor, RandomResizedCropAndInterpolation
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resized_crop
+
+from .images import DENOMINATORS, Picture
+
+# those that take a tensor, and are faster with one
+_ON_TENSORS = (
+    RandomErasing, transforms.Normalize, transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
+_INTERPOLATIONS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC, InterpolationMode.NEAREST)  # of tensors
+
+
+class TensorTransform:
+    """A training transform that timm made for PIL images, on uint8 tensors.
+
+    It draws the same random numbers in the same order, so that seeded alike it takes the same crops, flips and
+    operations as timm's. Pixels differ a little, since torchvision resizes tensors in other arithmetic than PIL. What
+    tensors have no version of, or a slower one (timm's automatic augmentations, colour jitter), is done on PIL images,
+    one such transform after the other without a conversion between them.
+
+    Args:
+        transform: What ``timm.data.create_transform`` makes for training.
+
+    Attributes:
+        transforms: timm's transforms, in their order.
+    """
+
+    def __init__(self, transform: transforms.Compose) -> None:
+        self.transforms: List[Any] = list(transform.transforms)
+        first, *others = self.transforms
+        self._crop: Any = None
+        if isinstance(first, RandomResizedCropAndInterpolation) and all(
+                mode in _INTERPOLATIONS for mode in _modes(first)):
+            self._crop = first
+        else:
+            others.insert(0, first)
+        self._steps = _on_tensors(others)
+
+    def denominator(self, size: Tuple[int, int]) -> int:
+        """How much smaller an image may be decoded for the next crop: 1, 2, 4 or 8, so that nothing is enlarged for it.
+
+        It draws the crop, so the generators must be as they will be when the image is transformed.
+
+        Args:
+            size: Width and height of the image in pixels.
+        """
+        if self._crop is None:
+            return 1
+        _, _, height, width = self._box(torch.empty((1, *size[::-1]), device='meta'))
+        return max(d for d in DENOMINATORS if d == 1 or d * self._crop.size[0] <= height
+                   and d * self._crop.size[1] <= width)
+
+    def __call__(self, picture: Picture) -> torch.Tensor:
+        """The transformed picture: uint8 ``[channels, size, size]``, or float where timm's transform normalises it."""
+        pixels = picture.pixels
+        if self._crop is not None:
+            pixels = self._cropped(picture)
+        for step in self._steps:
+            pixels = step(pixels)
+        return pixels
+
+    def _box(self, image: torch.Tensor) -> Tuple[int, int, int, int]:
+        return self._crop.get_params(image, self._crop.scale, self._crop.ratio)  # top, left, height, width
+
+    def _cropped(self, picture: Picture) -> torch.Tensor:
+        pixels, (width, height) = picture
+        if pixels.shape[1:] == (height, width):
+            top, left, rows, columns = self._box(pixels)
+        else:  # decoded at a smaller scale: the nearest box of whole pixels
+            box = self._box(torch.empty((1, height, width), device='meta'))
+            top, rows = _scaled(box[0], box[2], pixels.shape[1] / height)
+            left, columns = _scaled(box[1], box[3], pixels.shape[2] / width)
+        modes = _modes(self._crop)
+        mode = random.choice(modes) if len(modes) > 1 else modes[0]
+        return resized_crop(pixels, top, left, rows, columns, self._crop.size, mode, antialias=True)
+
+
+class OnPIL:
+    """Transforms of PIL images, applied to a tensor.
+
+    Args:
+        steps: The transforms.
+    """
+
+    def __init__(self, steps: List[Callable]) -> None:
+        self.steps = steps
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        image = F.to_pil_image(pixels)
+        for step in self.steps:
+            image = step(image)
+        return image if isinstance(image, torch.Tensor) else F.pil_to_tensor(image)
+
+
+def _on_tensors(steps: List[Any]) -> List[Callable]:
+    taken: List[Callable] = []
+    for step in steps:
+        if isinstance(step, MaybePILToTensor):
+            continue
+        if isinstance(step, MaybeToTensor):
+            taken.append(F.convert_image_dtype)  # to float in [0, 1]
+        elif isinstance(step, _ON_TENSORS):
+            taken.append(step)
+        elif taken and isinstance(taken[-1], OnPIL):
+            taken[-1].steps.append(step)
+        else:
+            taken.append(OnPIL([step]))
+    return taken
+
+
+def _modes(crop: RandomResizedCropAndInterpolation) -> Sequence[InterpolationMode]:
+    """The ways to interpolate that a crop draws from; it draws nothing where there is one."""
+    return crop.interpolation if isinstance(crop.interpolation, (tuple, list)) else [crop.interpolation]
+
+
+def _scaled(start: int, length: int, scale: float) -> Tuple[int, int]:
+    """A stretch in pixels of a picture at a smaller scale, at least one long."""
+    first, last = round(start * scale), round((start + length) * scale)
+    return first, max(last - first, 1)

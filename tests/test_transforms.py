@@ -1,0 +1,126 @@
+"""timm's training transforms on tensors: the same draws, pixels alike, and no transform left out."""
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import encoded, smooth
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from timm.data import create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision import transforms
+
+from mixsize_timm.images import OpenedImage, Picture
+from mixsize_timm.randomness import seed_for
+from mixsize_timm.transforms import OnPIL, TensorTransform
+
+SIZE = 48
+
+
+def timms(size=SIZE, **kwargs):
+    return create_transform(size, is_training=True, **{'color_jitter': None, 'use_prefetcher': True, **kwargs})
+
+
+def both(transform, image, seed):
+    """What timm's transform makes of an image, and ours of the same, drawn alike."""
+    seed_for(seed)
+    expected = transform(image)
+    seed_for(seed)
+    return expected, TensorTransform(transform)(OpenedImage(image).decode())
+
+
+@pytest.mark.parametrize('options', [
+    dict(interpolation='bilinear'), dict(interpolation='random'), dict(interpolation='lanczos'),
+    dict(vflip=0.5, hflip=0.), dict(color_jitter=0.4), dict(color_jitter=(0.1, 0.1, 0.1, 0.1), color_jitter_prob=0.5),
+    dict(auto_augment='rand-m9-mstd0.5-inc1'), dict(auto_augment='original'), dict(auto_augment='augmix-m3-w2'),
+    dict(auto_augment='3a', color_jitter=0.3), dict(grayscale_prob=0.5, gaussian_blur_prob=0.5),
+    dict(train_crop_mode='rkrc'), dict(train_crop_mode='rkrr'), dict(no_aug=True), dict(scale=(0.5, 0.9), ratio=(1, 1)),
+    dict(use_prefetcher=False), dict(use_prefetcher=False, re_prob=0.5)], ids=str)
+def test_seeded_alike_it_draws_what_timms_does(options):
+    transform = timms(**options)
+    for seed in range(6):
+        expected, ours = both(transform, smooth(), seed)
+        assert ours.shape == expected.shape and ours.dtype == expected.dtype
+        grey_levels = 1 if expected.dtype == torch.uint8 else 0.018
+        difference = (ours.float() - expected.float()).abs() / grey_levels
+        assert difference.mean() < 1 and np.quantile(difference, 0.9) <= 2  # the same crop, flip and operation
+
+
+def test_another_draw_is_not_alike():
+    transform = timms()
+    seed_for(0)
+    one = transform(smooth())
+    seed_for(1)
+    assert (one.float() - transform(smooth()).float()).abs().mean() > 5
+
+
+def test_over_many_draws_crops_flips_and_pixels_have_the_distribution_of_timms():
+    """Not seeded alike: 400 draws each of an image whose pixels tell where they come from."""
+    y, x = np.mgrid[:100, :140]
+    where = Image.fromarray(np.stack([x * 255 // 139, y * 255 // 99, (x + y) % 256], -1).astype(np.uint8))
+    transform = timms(interpolation='random')
+    ours = TensorTransform(transform)
+
+    def statistics(apply):
+        rows = []
+        for _ in range(400):
+            pixels = apply().float()
+            rows.append([
+                (pixels[0, :, -1].mean() - pixels[0, :, 0].mean()).abs() / 255,  # width of the crop
+                (pixels[1, -1].mean() - pixels[1, 0].mean()).abs() / 255,  # height
+                pixels[0].mean() / 255, pixels[1].mean() / 255,  # place
+                pixels[0, :, 0].mean() > pixels[0, :, -1].mean(),  # flip
+                pixels[2].mean() / 255, pixels[2].std() / 255])
+        rows = torch.tensor(rows)
+        return rows.mean(0), rows.std(0)
+
+    random.seed(1)
+    torch.manual_seed(1)
+    mean, std = statistics(lambda: transform(where))
+    our_mean, our_std = statistics(lambda: ours(Picture(OpenedImage(where).decode().pixels, where.size)))
+    error = std * (2 / 400) ** 0.5
+    assert ((mean - our_mean).abs() < 4 * error + 1e-3).all()
+    assert ((std - our_std).abs() < 4 * error + 1e-3).all()
+
+
+def test_what_tensors_have_no_version_of_is_done_on_pil_images_and_nothing_else():
+    steps = TensorTransform(timms(auto_augment='3a', color_jitter=0.4, grayscale_prob=0.1))._steps
+    assert [type(step) for step in steps] == [transforms.RandomHorizontalFlip, OnPIL]
+    assert [type(step) for step in steps[1].steps][1:] == [transforms.ColorJitter, transforms.RandomGrayscale]
+    assert [type(step) for step in TensorTransform(timms(interpolation='box', hflip=0))._steps[0].steps] == [
+        RandomResizedCropAndInterpolation]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(20, 900), st.integers(20, 900), st.sampled_from([16, 48, 128]), st.integers(0, 99))
+def test_no_crop_is_enlarged_because_of_a_smaller_scale(width, height, size, seed):
+    transform = TensorTransform(timms(size))
+    seed_for(seed)
+    denominator = transform.denominator((width, height))
+    seed_for(seed)
+    _, _, rows, columns = transform._box(torch.empty(1, height, width, device='meta'))
+    assert denominator in (1, 2, 4, 8)
+    assert denominator == 1 or min(rows, columns) >= denominator * size
+    assert denominator == 8 or min(rows, columns) < 2 * denominator * size  # as small as may be
+
+
+def test_a_crop_of_a_smaller_scale_is_the_same_crop():
+    data = encoded(smooth().resize((600, 404), Image.Resampling.BICUBIC), quality=95)
+    transform = TensorTransform(timms(interpolation='bicubic'))
+    taken = 0
+    for seed in range(20):
+        seed_for(seed)
+        denominator = transform.denominator((600, 404))
+        taken += denominator > 1
+        made = []
+        for scale in (1, denominator):
+            seed_for(seed)
+            made.append(transform(OpenedImage(data).decode(scale))[:2].float())
+        assert (made[0] - made[1]).abs().mean() < 4
+    assert taken > 10
+
+
+def test_a_transform_that_does_not_crop_decodes_at_full_scale():
+    assert TensorTransform(timms(train_crop_mode='rkrc')).denominator((1000, 1000)) == 1
