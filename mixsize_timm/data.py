@@ -60,8 +60,10 @@ class BatchMaker:
         self.scaled_decoding = scaled_decoding
         self.slots: Optional[SharedSlots] = None
 
-    def denominator(self, group: Group, number: int, size: Tuple[int, int]) -> int:
+    def denominator(self, group: Group, number: int, size: Tuple[int, int]) -> Optional[int]:
         """How much smaller an image may be decoded, so that it is enough for all of its duplicates.
+
+        ``None`` where it shall be decoded at its size with the pixels that PIL gives.
 
         Args:
             group: The group.
@@ -69,7 +71,7 @@ class BatchMaker:
             size: Width and height of the image in pixels.
         """
         if not self.scaled_decoding:
-            return 1
+            return None
         denominators = []
         for duplicate in range(group.duplicates):
             seed_for(self.seed, group.epoch, number, duplicate)
@@ -333,9 +335,9 @@ def create_loader(
         plan_world_size: See :class:`~mixsize_timm.sampler.MixSizeBatchSampler`.
         size_reg: Strength of :class:`~mixsize_timm.regularization.SizeRegularization` for augmentation and mixup.
         scaled_decoding: Decode a JPEG at 1/2, 1/4 or 1/8 of its size where every random resized crop of it, among its
-            duplicates, still has at least the pixels of its step's size. Faster for small sizes; libjpeg's scaling
-            averages blocks of pixels, and the crop's edges move by up to half such a block, so that pixels differ a
-            little (docs/loading.md).
+            duplicates, still has at least the pixels of its step's size, and in libjpeg-turbo's faster ways. libjpeg's
+            scaling averages blocks of pixels, and the crop's edges move by up to half such a block, so that pixels
+            differ a little (docs/loading.md).
         max_bad_images: Part of the data set's images, in [0, 1], that may be unreadable before iterating over the
             loader raises :class:`~mixsize_timm.datasets.BadImagesError`; of those that this process has come across.
         worker_timeout: Seconds that a worker may be at one image while its batch is waited for, before iterating

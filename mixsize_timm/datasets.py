@@ -68,14 +68,15 @@ class ReadableDataset(Dataset):
             self.report(bad, name, reason)
         return (image if self.transform is None else self.transform(image)), target
 
-    def read(self, index: int, *key: int, denominator: Optional[Callable[[Tuple[int, int]], int]] = None
+    def read(self, index: int, *key: int, denominator: Optional[Callable[[Tuple[int, int]], Optional[int]]] = None
              ) -> Tuple[Picture, Any, Dict[int, Tuple[str, str]]]:
         """The pixels of an image, or of what takes its place, not transformed; nothing is logged.
 
         Args:
             index: The image.
             *key: What the choice of another image depends on beside it, such as seed and epoch; not negative.
-            denominator: How much smaller an image may be decoded, given its width and height.
+            denominator: How much smaller an image may be decoded, given its width and height; see
+                :meth:`~mixsize_timm.images.OpenedImage.decode`.
 
         Returns:
             The image, its target, and the images that cannot be read: index -> path, reason.
@@ -85,7 +86,7 @@ class ReadableDataset(Dataset):
         """
         def decode(candidate: int) -> Tuple[Picture, Any]:
             opened, target = self._open(candidate)
-            return opened.decode(denominator(opened.size) if denominator is not None else 1), target
+            return opened.decode(denominator(opened.size) if denominator is not None else None), target
 
         return self._read(index, key, decode)
 

@@ -1,20 +1,18 @@
 """An image: its size known from its header, its pixels decoded into a tensor, at a smaller scale where that does."""
 import io
 import math
-import warnings
-from typing import Any, Callable, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 DENOMINATORS = (1, 2, 4, 8)  # of the scales that JPEG decodes at
-_CHANNELS = {'RGB': 3, 'L': 1}
-
-# torchvision's decoder is to go some day, see _find_decoder; and the bytes of an image are only read
-warnings.filterwarnings('ignore', 'The image decoding and encoding capabilities of TorchVision', DeprecationWarning)
-warnings.filterwarnings('ignore', 'The given buffer is not writable', UserWarning)
+_JPEG = b'\xff\xd8'  # what it begins with
+# PIL mode -> JPEG colours whose pixels are the same by libjpeg-turbo and by PIL, and what libjpeg-turbo calls the mode
+_COLOURS = {'RGB': (('YCbCr', 'RGB'), 'RGB'), 'L': (('Gray',), 'GRAY')}
 
 
 class Picture(NamedTuple):
@@ -28,7 +26,7 @@ class OpenedImage:
 
     Decoded as timm does: no EXIF orientation, the first frame of an animation, converted to ``mode`` by PIL; but 16-bit
     greyscale is scaled to 8 bits, where PIL's conversion would make it nearly all white. JPEG goes through
-    libjpeg-turbo straight into a tensor, and its pixels are those that PIL gives.
+    libjpeg-turbo (simplejpeg) straight into a tensor, and its pixels are those that PIL gives.
 
     Args:
         source: The encoded image, a PIL image, or an array or tensor of a picture: uint8 ``[height, width]``,
@@ -43,9 +41,10 @@ class OpenedImage:
         self._data: Optional[bytes] = None
         self._image: Optional[Image.Image] = None
         self._pixels: Optional[torch.Tensor] = None
-        self._header: Optional[Tuple[int, int, int]] = None  # width, height and channels of a JPEG
+        self._jpeg: Optional[Tuple[int, int, str]] = None  # width, height and colours of one
         if isinstance(source, (bytes, bytearray, memoryview)):
             self._data = bytes(source)
+            self._jpeg = _jpeg_header(self._data)
         elif isinstance(source, Image.Image):
             self._image = source
         else:
@@ -56,9 +55,7 @@ class OpenedImage:
         """Width and height in pixels; of an encoded image its header is read for them, and nothing is decoded."""
         if self._pixels is not None:
             return self._pixels.shape[2], self._pixels.shape[1]
-        if self._header is None and self._data is not None:
-            self._header = _jpeg_header(self._data)
-        return self._header[:2] if self._header is not None else self._opened().size
+        return self._jpeg[:2] if self._jpeg is not None else self._opened().size
 
     def pil(self) -> Image.Image:
         """The image as PIL has it, decoded and converted; that of an array has the mode that its channels tell."""
@@ -72,21 +69,34 @@ class OpenedImage:
         image.load()
         return image
 
-    def decode(self, denominator: int = 1) -> Picture:
+    def decode(self, denominator: Optional[int] = None) -> Picture:
         """Decode the image; call it once.
 
         Args:
-            denominator: 2, 4 or 8 to decode a JPEG at 1/2, 1/4 or 1/8 of its size, which saves time. What is not an
-                encoded JPEG is decoded at its size.
+            denominator: Decode a JPEG at this part of its size (1, 2, 4 or 8), and in libjpeg-turbo's faster ways to
+                transform and to enlarge its colours. What is not an encoded JPEG is decoded at its size.
         """
-        size, pixels = self.size, self._pixels
-        if denominator > 1 and pixels is None:
-            self._opened().draft(self._mode, (size[0] // denominator, size[1] // denominator))
-        elif self._data is not None and self._header is not None and self._header[2] == _CHANNELS.get(self._mode or ''):
-            pixels = _decode_jpeg(self._data, size)
-        if pixels is None:
-            pixels = pil_to_tensor(self.pil())
-        return Picture(pixels, size)
+        if self._pixels is not None:
+            return Picture(self._pixels, self.size)
+        pixels = self._decode_jpeg(denominator)
+        return Picture(pil_to_tensor(self.pil()) if pixels is None else pixels, self.size)
+
+    def _decode_jpeg(self, denominator: Optional[int]) -> Optional[torch.Tensor]:
+        """The pixels of a JPEG, or ``None`` where PIL has to decode it, if only to say what is wrong with it."""
+        colours, mode = _COLOURS.get(self._mode or '', ((), ''))
+        if self._jpeg is None or self._jpeg[2] not in colours:
+            return None
+        width, height, _ = self._jpeg
+        scale, fast = denominator or 1, denominator is not None
+        if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            return None
+        try:
+            pixels = simplejpeg.decode_jpeg(
+                self._data, mode, fastdct=fast, fastupsample=fast, min_width=-(-width // scale),
+                min_height=-(-height // scale), min_factor=scale)
+        except ValueError:
+            return None
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def _opened(self) -> Image.Image:
         if self._image is None:
@@ -117,40 +127,10 @@ def _channels_first(source: Any) -> torch.Tensor:
     return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
 
 
-def _find_decoder() -> Optional[Callable]:
-    """libjpeg-turbo's decoder of torchvision, or of TorchCodec, which later versions of torchvision leave it to."""
+def _jpeg_header(data: bytes) -> Optional[Tuple[int, int, str]]:
+    """Width, height and colours of a JPEG; ``None`` for what is none, or is broken."""
     try:
-        from torchvision.io import decode_jpeg
-        return decode_jpeg
-    except ImportError:
-        pass
-    try:
-        from torchcodec.decoders import decode_jpeg
-        return decode_jpeg
-    except (ImportError, RuntimeError, OSError):
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data) if data.startswith(_JPEG) else (0, 0, '', '')
+    except ValueError:
         return None
-
-
-_decoder = _find_decoder()
-
-
-def _jpeg_header(data: bytes) -> Optional[Tuple[int, int, int]]:
-    """Width, height and number of channels of a JPEG, in much less time than PIL takes; ``None`` if unknown."""
-    at = 2 if data.startswith(b'\xff\xd8') else len(data)
-    while at + 10 <= len(data) and data[at] == 0xff:
-        marker = data[at + 1]
-        if 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc):  # a frame, neither tables nor an extension
-            height, width = int.from_bytes(data[at + 5:at + 7], 'big'), int.from_bytes(data[at + 7:at + 9], 'big')
-            return (width, height, data[at + 9]) if width and height else None
-        at += 2 + int.from_bytes(data[at + 2:at + 4], 'big')
-    return None
-
-
-def _decode_jpeg(data: bytes, size: Tuple[int, int]) -> Optional[torch.Tensor]:
-    """The pixels of a JPEG, or ``None`` where PIL has to decode it, if only to say what is wrong with it."""
-    if _decoder is None or size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
-        return None
-    try:
-        return _decoder(torch.frombuffer(data, dtype=torch.uint8))
-    except RuntimeError:
-        return None
+    return (width, height, colours) if width else None

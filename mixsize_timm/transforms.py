@@ -6,9 +6,9 @@ import torch
 import torchvision.transforms.functional as F
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybePILToTensor, MaybeToTensor, RandomResizedCropAndInterpolation
+from torch.nn.functional import interpolate
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import resized_crop
 
 from .images import DENOMINATORS, Picture
 
@@ -80,7 +80,8 @@ class TensorTransform:
             left, columns = _scaled(box[1], box[3], pixels.shape[2] / width)
         modes = _modes(self._crop)
         mode = random.choice(modes) if len(modes) > 1 else modes[0]
-        return resized_crop(pixels, top, left, rows, columns, self._crop.size, mode, antialias=True)
+        crop = pixels[None, :, top:top + rows, left:left + columns]
+        return interpolate(crop, self._crop.size, mode=mode.value, antialias=mode != InterpolationMode.NEAREST)[0]
 
 
 class OnPIL:

@@ -1,6 +1,8 @@
 """What several test files share: small image folders, and clean random states."""
 import io
+import os
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -22,11 +24,10 @@ def fresh_state():
 
 
 def structure(model):
-    """What a pass without arithmetic depends on: kinds, settings and shapes of the parts of a model."""
-    parts = [(name, type(part).__name__, repr([item for item in sorted(vars(part).items()) if isinstance(
-        item[1], (bool, int, float, str, tuple, type(None))) and item[0] != 'training']))
-        for name, part in model.named_modules()]
-    return *parts, *((name, *tensor.shape) for name, tensor in model.state_dict().items())
+    """What a pass without arithmetic depends on, as text: kinds, settings and shapes of the parts of a model."""
+    parts = [(name, type(part), {key: value for key, value in vars(part).items() if key != 'training' and isinstance(
+        value, (bool, int, float, str, tuple, type(None)))}) for name, part in model.named_modules()]
+    return f'{parts} {[(name, *tensor.shape) for name, tensor in model.state_dict().items()]}'
 
 
 COUNTED, TAKEN = {}, {}
@@ -45,7 +46,8 @@ def models_are_asked_once(request):
         return COUNTED[key]
 
     def taking(probe, size):
-        key = structure(probe.model), probe.in_chans, probe.device, size
+        probe.structure = getattr(probe, 'structure', None) or structure(probe.model)
+        key = probe.structure, probe.in_chans, probe.device, size
         if key not in TAKEN:
             TAKEN[key] = take(probe, size), probe.reason
         result, probe.reason = TAKEN[key]
@@ -93,6 +95,20 @@ def write_image_folder(folder):
 def image_folder(tmp_path):
     """One for each test."""
     return write_image_folder(tmp_path / 'data')
+
+
+def copy_run(run, folder):
+    """A copy of a run's folder in which checkpoints share files as they do there: what damages one damages both."""
+    copies = {}
+
+    def copy(source, target):
+        file = os.stat(source).st_ino
+        if file in copies:
+            os.link(copies[file], target)
+        else:
+            copies[file] = shutil.copy2(source, target)
+
+    return shutil.copytree(run, folder, copy_function=copy)
 
 
 def save_checkpoint(folder, model, state=None, ema=None, position=(0, 0)):

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from mixsize_timm import calibrate_model, cli, evaluate, hub, load, train
+from mixsize_timm import export as exporting
 from mixsize_timm.bn_stats import BatchNormStats
 from mixsize_timm.export import HUB_FILES
 from mixsize_timm.report import SIZES_FILE
@@ -29,6 +30,23 @@ FAMILIES = {
     'vit_tiny_patch16_224': ['--img-size', '64', '--mixsize-sizes', '64', '96', '--model-kwargs',
                              'dynamic_img_size=True', 'depth=2'],
 }
+
+
+@pytest.fixture(scope='module', autouse=True)
+def each_plot_is_drawn_once():
+    """Most exports are of one run: its plot is drawn the first time, which takes as long as the rest of an export."""
+    plots, draw = {}, exporting.save_against_size
+
+    def save(path, *shown):
+        if repr(shown) in plots:
+            Path(path).write_bytes(plots[repr(shown)])
+        else:
+            draw(path, *shown)
+            plots[repr(shown)] = Path(path).read_bytes()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, 'save_against_size', save)
+        yield
 
 
 @pytest.fixture(scope='module')

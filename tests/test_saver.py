@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from conftest import save_checkpoint, write_image_folder
+from conftest import copy_run, save_checkpoint, write_image_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -259,7 +259,7 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize('damaged', ['model.safetensors', 'model_ema.safetensors', 'state.json', 'manifest.json'])
 def test_a_run_goes_on_from_the_checkpoint_before_a_torn_one(tmp_path, trained, caplog, damaged):
-    folder = shutil.copytree(trained[0], tmp_path / 'run')
+    folder = copy_run(trained[0], tmp_path / 'run')
     argv = [*trained[1], '--output', str(tmp_path)]
     reference = (folder / 'summary.csv').read_text()
     path = folder / 'last' / damaged

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import copy_run, write_image_folder
 from safetensors.torch import load_file
 from timm.data import IterableImageDataset
 from timm.optim import create_optimizer_v2
@@ -25,6 +26,18 @@ def run(tmp_path, *argv, name='run'):
 
 def folder_run(tmp_path, image_folder, *argv, **kwargs):
     return run(tmp_path, '--data-dir', image_folder, '--num-classes', 2, '-b', 4, *argv, **kwargs)
+
+
+@pytest.fixture(scope='module')
+def first_run(tmp_path_factory):
+    """A run of one epoch, trained once; tests that change it take the copy."""
+    tmp = tmp_path_factory.mktemp('first')
+    return folder_run(tmp, write_image_folder(tmp / 'data'), '--epochs', 1)
+
+
+@pytest.fixture
+def copy(first_run, tmp_path):
+    return copy_run(first_run, tmp_path / 'run')
 
 
 def weights(folder):
@@ -65,9 +78,8 @@ def test_a_run_leaves_what_it_says(tmp_path, image_folder, capsys, caplog):
     assert 'Validation 1  32 px  calibrated' in caplog.text
 
 
-def test_best_carries_calibrated_statistics_and_last_its_own(tmp_path, image_folder):
-    folder = folder_run(tmp_path, image_folder, '--epochs', 1)
-    last, best = weights(folder), load_file(folder / 'best' / 'model.safetensors')
+def test_best_carries_calibrated_statistics_and_last_its_own(first_run):
+    last, best = weights(first_run), load_file(first_run / 'best' / 'model.safetensors')
     for name in last:
         assert torch.equal(last[name], best[name]) != ('running' in name or 'num_batches' in name), name
 
@@ -259,25 +271,22 @@ def test_every_error_is_one_line_and_leaves_nothing(tmp_path, image_folder, caps
     assert not (tmp_path / 'output').exists()
 
 
-def test_a_folder_with_a_run_is_not_overwritten(tmp_path, image_folder, capsys):
-    folder = folder_run(tmp_path, image_folder, '--epochs', 1)
-    before = weights(folder)
+def test_a_folder_with_a_run_is_not_overwritten(copy, tmp_path, image_folder, capsys):
+    folder, before = copy, weights(copy)
     message = error_of(capsys, '--data-dir', image_folder, '--num-classes', 2, '--output', tmp_path,
                        '--experiment', 'run')
     assert 'already holds a run' in message and f'--resume {folder}' in message
     assert all(torch.equal(v, before[k]) for k, v in weights(folder).items())
 
 
-def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path, image_folder, capsys):
-    folder = folder_run(tmp_path, image_folder, '--epochs', 1)
-    (folder / 'last' / 'model.safetensors').write_bytes(b'broken')
-    assert 'is not whole: model.safetensors has 6 of' in error_of(capsys, '--resume', folder)
+def test_a_checkpoint_that_cannot_be_read_is_named(copy, capsys):
+    (copy / 'last' / 'model.safetensors').write_bytes(b'broken')
+    assert 'is not whole: model.safetensors has 6 of' in error_of(capsys, '--resume', copy)
 
 
-def test_a_checkpoint_of_another_optimizer_is_named(tmp_path, image_folder, capsys):
-    folder = folder_run(tmp_path, image_folder, '--epochs', 1)
-    assert 'was trained with --opt lamb, not muon' in error_of(capsys, '--resume', folder, '--opt', 'muon')
-    assert 'does not fit the optimizer' in error_of(capsys, '--resume', folder, '--layer-decay', '0.7')
+def test_a_checkpoint_of_another_optimizer_is_named(copy, capsys):
+    assert 'was trained with --opt lamb, not muon' in error_of(capsys, '--resume', copy, '--opt', 'muon')
+    assert 'does not fit the optimizer' in error_of(capsys, '--resume', copy, '--layer-decay', '0.7')
 
 
 def test_a_resumed_run_does_not_start_where_it_was_once_told_to(tmp_path, image_folder, caplog):
@@ -295,13 +304,12 @@ def test_best_is_calibrated_without_a_validation_split_too(tmp_path, image_folde
     assert torch.equal(weights(folder)['bn1.weight'], best['bn1.weight'])
 
 
-def test_a_finished_run_says_so_and_a_longer_one_goes_on(tmp_path, image_folder, caplog):
-    folder = folder_run(tmp_path, image_folder, '--epochs', 1)
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(copy, caplog):
     with caplog.at_level('INFO'):
-        assert train.main(['--resume', str(folder)]) == 0
+        assert train.main(['--resume', str(copy)]) == 0
     assert 'All 1 epochs of this run are trained' in caplog.text
-    assert train.main(['--resume', str(folder), '--epochs', '2']) == 0
-    assert len(summary(folder)) == 2
+    assert train.main(['--resume', str(copy), '--epochs', '2']) == 0
+    assert len(summary(copy)) == 2
 
 
 def test_a_run_stopped_in_its_first_epoch_can_be_started_again(tmp_path, image_folder, monkeypatch):
@@ -328,7 +336,7 @@ def test_without_calibration_one_column_is_shown(tmp_path, image_folder, capsys)
 
 def test_the_embedded_data_set_says_so(tmp_path, caplog):
     with caplog.at_level('INFO'):
-        run(tmp_path, '--epochs', 1, '-b', 256, '--calibrate', 1)
+        train.Training(train.parse_args([*TINY, '-b', '256', '--output', str(tmp_path)]))
     first, second = (record.getMessage() for record in caplog.records[:2])
     assert 'Training on the embedded digits' in first and '1437 training and 360 validation images of 10' in second
 
