@@ -73,7 +73,7 @@ def run(command: List[str], folder: str) -> Tuple[float, List[Tuple[float, str]]
 
 def arm(args: argparse.Namespace, command: List[str], folder: str, whole: List[float]) -> Callable[[], float]:
     """An arm: images per second within epochs; the seconds of the process are added to ``whole``."""
-    data = [os.path.abspath(word) if os.path.isdir(word) else word for word in data_options(args.data)]
+    data = data_options(os.path.abspath(args.data))  # the processes have folders of their own
     common = ['--model', args.model, '--img-size', str(args.img_size), '--batch-size', str(args.batch_size), '--epochs',
               str(args.epochs), '--workers', str(args.workers), '--device', args.device, '--lr', '0.01', '--opt', 'sgd',
               '--warmup-epochs', '0', '--val-split', '', '--num-classes', str(args.num_classes), '--output', '.', *data,

@@ -49,9 +49,9 @@ def models_are_asked_once(request):
         probe.structure = getattr(probe, 'structure', None) or structure(probe.model)
         key = probe.structure, probe.in_chans, probe.device, size
         if key not in TAKEN:
-            TAKEN[key] = take(probe, size), probe.reason
-        result, probe.reason = TAKEN[key]
-        return result
+            TAKEN[key] = '' if take(probe, size) else probe.reason
+        probe.reason = TAKEN[key] or probe.reason
+        return not TAKEN[key]
 
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ not in ASKED_EACH_TIME:
