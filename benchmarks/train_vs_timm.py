@@ -112,7 +112,8 @@ def main() -> None:
         script = shutil.copy(os.path.join(args.checkout, 'train.py'), folder)  # away from the checkout's own timm
         ours = ['-m', 'mixsize_timm.train']
         sides = {TIMM: ['-c', RUN_TIMM, script, timm.__version__, timm.__file__], OURS_OFF: [*ours, *OFF],
-                 OURS_FIXED: [*ours, '--mixsize-sizes', str(args.img_size), '--no-grad-smoothing', '--calibrate', '0']}
+                 OURS_FIXED: [*ours, '--mixsize-sizes', str(args.img_size), '--no-grad-smoothing', '--calibrate', '0',
+                              '--calibrate-val', '0']}  # timm's script calibrates nothing
         arms = {name: arm(args, command, folder, whole[name]) for name, command in sides.items()}
         rates = measure(arms, args.rounds, warmup=0)  # a process has no memory of the one before
     results: Dict[str, Any] = {'timm_commit': args.commit, 'seconds': whole,
