@@ -1,7 +1,8 @@
 """Memory of batches that is used again: new memory of that size costs the system more than a batch costs to fill."""
 import mmap
+import os
 import weakref
-from typing import Any, Callable, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -35,10 +36,10 @@ class Recycled:
 class SharedSlots:
     """Memory that data workers fill with batches, and the main process reads them from.
 
-    torch's own way maps a new file for each batch. This is mapped once, before the workers are forked; it is not in
-    /dev/shm, of which containers often have little. A worker takes a slot of its own that is free; it is free again
-    when nothing refers to the tensor that the main process got of it. Where a batch finds none free, or where processes
-    are not forked, it travels in torch's way.
+    torch's own way maps a new file for each batch. This is mapped once, before the workers are forked, for them alone;
+    it is not in /dev/shm, of which containers often have little. A worker takes a slot of its own that is free; it is
+    free again when nothing refers to the tensor that the main process got of it. Where a batch finds none free, or
+    where processes are not forked, it travels in torch's way.
 
     Args:
         num_workers: Number of workers.
@@ -53,16 +54,10 @@ class SharedSlots:
         # pages are taken from the system when they are written to
         self._memory = np.frombuffer(mmap.mmap(-1, max(num_workers * slots * self._size, 1)), np.uint8)
         self._taken = np.frombuffer(mmap.mmap(-1, max(num_workers * slots, 1)), np.bool_)
-        self._held: Set[int] = set()  # by tensors in the main process
         self._known[id(self)] = self
 
     def __reduce__(self) -> Tuple[Callable, Tuple]:
         return type(None), ()  # a process that is not forked has none of it
-
-    def clear(self) -> None:
-        """Free what workers that are no more have taken, but for what the main process still has."""
-        for slot in range(len(self._taken)):
-            self._taken[slot] = slot in self._held
 
     def empty(self, worker: int, shape: Sequence[int], dtype: torch.dtype) -> Optional[Tuple[torch.Tensor, Any]]:
         """In a worker: a tensor to fill, and what to send in its place, which arrives as a tensor.
@@ -80,11 +75,11 @@ class SharedSlots:
 
     def received(self, slot: int, shape: Tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """In the main process: the tensor in a slot."""
-        self._held.add(slot)
+        process = os.getpid()
 
         def release() -> None:
-            self._held.discard(slot)
-            self._taken[slot] = False
+            if os.getpid() == process:  # not in a copy of it
+                self._taken[slot] = False
 
         return _tensor(self._part(slot, _num_bytes(shape, dtype)), shape, dtype, release)
 

@@ -177,6 +177,9 @@ class _Batch:
         image, target = sample
         if not self.targets:
             self._open((self.length, *image.shape), image.dtype)
+        elif image.shape != self.images.shape[1:] or image.dtype != self.images.dtype:
+            raise ValueError(f'an image of {_kind(image)} in a batch of {_kind(self.images[0])}: a data set must '
+                             'convert its images to the same number of channels')
         self.images[len(self.targets)].copy_(image)
         self.targets.append(target)
 
@@ -188,6 +191,10 @@ class _Batch:
     def collated(self) -> Tuple[Any, torch.Tensor]:
         targets = default_collate(self.targets)
         return self.images if self.sent is None else self.sent, targets.long() if targets.ndim == 1 else targets
+
+
+def _kind(image: torch.Tensor) -> str:
+    return f'{"x".join(map(str, image.shape))} {str(image.dtype)[6:]}'
 
 
 class _OnHost(PrefetchLoader):
@@ -431,11 +438,15 @@ def _loader_of_groups(dataset: Any, input_size: Any, sizes: Sequence[int], sampl
         readable = copy.copy(dataset) if isinstance(dataset, ReadableDataset) else ReadableDataset(dataset)
     template, maker = _like_timms(readable, input_size, sizes, seed, regularization, scaled_decoding, kwargs)
     inner: Any = template.loader if isinstance(template, PrefetchLoader) else template
-    if inner.num_workers and maker.collate_fn is None and template.device.type in _WAITED_FOR:
-        channels = input_size[0] if isinstance(input_size, (tuple, list)) and len(input_size) == 3 else 3
+    channels = input_size[0] if isinstance(input_size, (tuple, list)) and len(input_size) == 3 else 3
+
+    def new_slots() -> SharedSlots:
         maker.slots = SharedSlots(inner.num_workers, channels * sampler.max_pixels, inner.prefetch_factor + 1)
+        return maker.slots
+
+    shares = inner.num_workers and maker.collate_fn is None and template.device.type in _WAITED_FOR
     options: Dict[str, Any] = dict(
-        slots=maker.slots,
+        new_slots=new_slots if shares else None,
         max_bad_images=max_bad_images,
         worker_timeout=worker_timeout,
         num_workers=inner.num_workers,

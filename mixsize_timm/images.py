@@ -31,13 +31,14 @@ class OpenedImage:
     Args:
         source: The encoded image, a PIL image, or an array or tensor of a picture: uint8 ``[height, width]``,
             ``[height, width, channels]`` or, of a tensor, ``[channels, height, width]``.
-        mode: PIL mode to convert to; ``None`` for the image's own. Arrays stay as they are.
+        mode: PIL mode to convert to; ``None`` for RGB where the image comes encoded, and else for its own. Arrays stay
+            as they are.
 
     The methods raise what PIL raises for a broken image, mostly ``OSError``.
     """
 
     def __init__(self, source: Any, mode: Optional[str] = 'RGB') -> None:
-        self._mode = mode
+        self._mode = 'RGB' if mode is None and isinstance(source, (bytes, bytearray, memoryview)) else mode
         self._data: Optional[bytes] = None
         self._image: Optional[Image.Image] = None
         self._pixels: Optional[torch.Tensor] = None
@@ -121,6 +122,9 @@ def unreadable(error: Exception) -> str:
 
 
 def _channels_first(source: Any) -> torch.Tensor:
+    if not isinstance(source, (np.ndarray, torch.Tensor)) or str(source.dtype).split('.')[-1] != 'uint8':
+        raise TypeError('an image must come encoded, as a PIL image, or as an array or tensor of uint8, not as '
+                        f'{type(source).__name__}{f" of {source.dtype}" if hasattr(source, "dtype") else ""}')
     if isinstance(source, torch.Tensor):
         return source if source.ndim == 3 else source[None]
     array = np.array(source)

@@ -58,6 +58,7 @@ _logger = logging.getLogger(__name__)
 NAME = 'mixsize prepare'
 FORMATS = ('wds', 'parquet')
 STATE_FILE = '.prepare.jsonl'
+_BROKEN_OFF = re.compile(r'\.[0-9a-f]{32}\.part')  # names of files whose writing was
 INFO_FILE = '_info.json'  # timm's name
 BAD_FILE = 'bad-images.txt'
 SHARD_BYTES = 100e6
@@ -397,7 +398,7 @@ class State:
         there = os.listdir(folder) if os.path.isdir(folder) else []
         if STATE_FILE in there:
             self._read()
-        elif any(not name.endswith('.part') for name in there):
+        elif any(not _BROKEN_OFF.fullmatch(name) for name in there):
             raise UsageError(f'{folder} holds other files: choose a new folder')
 
     def _read(self) -> None:
@@ -422,7 +423,7 @@ class State:
         """Begin the file, or begin it anew with what is whole; remove what was broken off."""
         os.makedirs(self.folder, exist_ok=True)
         for name in os.listdir(self.folder):
-            if name.endswith('.part'):
+            if _BROKEN_OFF.fullmatch(name):
                 os.remove(os.path.join(self.folder, name))
         lines = [{'arguments': self.arguments, 'per_shard': self.per_shard}, *self.done.values()]
         with _aside(self.folder, STATE_FILE) as file:

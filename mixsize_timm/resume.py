@@ -171,8 +171,12 @@ def _set_aside_torn(run: Any) -> None:
 def _restore_optimizer(run: Any, state: Dict[str, Any], path: str) -> None:
     if state['opt'] != run.args.opt:
         raise UsageError(f'{path} was trained with --opt {state["opt"]}, not {run.args.opt}')
+    kernels = [{key: group.get(key) for key in ('fused', 'foreach') if key in group}
+               for group in run.optimizer.param_groups]
     try:
         load_full_optimizer_state(run.model, run.optimizer, state['optimizer'])
+        for group, chosen in zip(run.optimizer.param_groups, kernels):
+            group.update(chosen)  # for this device and precision, not those of the run so far
     except (KeyError, ValueError) as error:
         raise UsageError(f'{path} does not fit the optimizer: resume with the arguments it was started with'
                          ) from error

@@ -256,8 +256,8 @@ class MixSizeBatchSampler(Sampler[Group]):
         self._arguments: Dict[str, Any] = dict(
             regime=regime, num_images=num_images, seed=seed, world_size=plan_world_size or world_size,
             grad_accum_steps=grad_accum_steps, drop=drop, random_access=random_access)
-        self._plan = plan_epoch(**self._arguments)
-        smallest = int(self._plan.batch.min())
+        self._plan: Optional[EpochPlan] = None
+        smallest = int(self.plan.batch.min())
         if smallest // regime.batch_multiple < world_size:
             raise ValueError(f'{world_size} processes cannot share batches of {smallest} images: use fewer')
 
@@ -270,8 +270,8 @@ class MixSizeBatchSampler(Sampler[Group]):
     @property
     def plan(self) -> EpochPlan:
         """The plan of the current epoch."""
-        if self._plan.epoch != self.epoch:
-            del self._plan  # it gives its memory to the next one
+        if self._plan is None or self._plan.epoch != self.epoch:
+            self._plan = None  # it gives its memory to the next one
             self._plan = plan_epoch(**self._arguments, epoch=self.epoch)
         return self._plan
 

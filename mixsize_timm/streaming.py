@@ -66,6 +66,8 @@ def spans(lengths: np.ndarray, first: int, last: int, seed: int, epoch: int) -> 
         epoch: The epoch.
     """
     total = int(lengths.sum())
+    if not total:
+        return
     while first < last:
         order = _order(len(lengths), seed, epoch, _SHARDS, first // total)
         ends = np.cumsum(lengths[order]) + first // total * total
@@ -223,8 +225,8 @@ def _order(length: int, seed: int, *key: int) -> np.ndarray:
 class ShardReader:
     """Reads shards as timm's readers do for its ``IterableImageDataset``, so for a loader of timm's.
 
-    Processes and workers share the images: in evaluation each image is given once; in training each process gives
-    whole batches of its part of an epoch.
+    Processes and workers share the images: in evaluation each image is given once (for one that cannot be read the next
+    one is given again, with a warning); in training each process gives whole batches of its part of an epoch.
 
     Args:
         shards: The shards.
@@ -246,6 +248,7 @@ class ShardReader:
         self.repeats = repeats if is_training else 0
         self.seed = seed
         self.window = window
+        self.process = _process()  # asked here, as workers that are not forked know of no other processes
         self.epoch = SharedCount()
 
     @property
@@ -259,13 +262,13 @@ class ShardReader:
 
     def __len__(self) -> int:
         """Images of this process in an epoch."""
-        rank, world_size = _process()
+        rank, world_size = self.process
         if self.is_training:
             return self.num_samples * max(1, self.repeats) // world_size
         return self._range(rank, world_size)[1]
 
     def __iter__(self) -> Iterator[Tuple[Any, Any]]:
-        worker, (rank, world_size) = get_worker_info(), _process()
+        worker, (rank, world_size) = get_worker_info(), self.process
         workers = worker.num_workers if worker is not None else 1
         number, parts = rank * workers + (worker.id if worker is not None else 0), world_size * workers
         if self.is_training:  # the whole batches of a process, dealt out to its workers
@@ -278,6 +281,8 @@ class ShardReader:
                             self.seed if self.is_training else -1, self.window if self.is_training else MAX_UNREADABLE)
         reported: BadImages = {}
         for window, slot in reader.slots():
+            if slot >= len(window) and not self.is_training:
+                continue  # a record without a target
             bad_images: BadImages = {}
             image, target = _first_readable(self.shards, window, slot, bad_images,
                                             lambda image: OpenedImage(image, self.input_img_mode).pil())
@@ -442,6 +447,9 @@ class StreamLoader(WatchedLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.dataset.start()
         return super().__iter__()
+
+    def __len__(self) -> int:
+        return len(self.dataset.sampler)
 
 
 def part_of(plan: EpochPlan, first_step: int, rank: int, world_size: int, worker: int, workers: int

@@ -15,7 +15,7 @@ from .images import DENOMINATORS, Picture
 # those that take a tensor, and are faster with one
 _ON_TENSORS = (
     RandomErasing, transforms.Normalize, transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
-_INTERPOLATIONS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC, InterpolationMode.NEAREST)  # of tensors
+_INTERPOLATIONS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)  # as PIL has them
 
 
 class TensorTransform:
@@ -81,7 +81,7 @@ class TensorTransform:
         modes = _modes(self._crop)
         mode = random.choice(modes) if len(modes) > 1 else modes[0]
         crop = pixels[None, :, top:top + rows, left:left + columns]
-        return interpolate(crop, self._crop.size, mode=mode.value, antialias=mode != InterpolationMode.NEAREST)[0]
+        return interpolate(crop, self._crop.size, mode=mode.value, antialias=True)[0]
 
 
 class OnPIL:

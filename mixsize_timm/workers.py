@@ -110,7 +110,7 @@ class WatchedLoader(DataLoader):
         max_bad_images: Part of the data set's images that may be unreadable, in [0, 1].
         worker_timeout: Seconds, while a batch is waited for, in which a worker that is at an image must be done with
             it; 0 for no limit. However long a whole batch takes, its worker is not disturbed.
-        slots: Where the batches come from, if it is used: what dead workers had of it is freed.
+        new_slots: Makes the memory that new workers share with the main process, and hands it to the data set.
         worker_init_fn: What starts a worker, beside :class:`WorkerInit`.
         **kwargs: Every other argument of ``DataLoader``; ``timeout`` is not needed.
 
@@ -120,7 +120,8 @@ class WatchedLoader(DataLoader):
     dataset: Any
 
     def __init__(self, dataset: Any, *, max_bad_images: float = 1., worker_timeout: float = 45.,
-                 slots: Optional[SharedSlots] = None, worker_init_fn: Optional[Callable[[int], None]] = None,
+                 new_slots: Optional[Callable[[], SharedSlots]] = None,
+                 worker_init_fn: Optional[Callable[[int], None]] = None,
                  **kwargs: Any) -> None:
         if not 0 <= max_bad_images <= 1:
             raise ValueError(f'max_bad_images must be in [0, 1], not {max_bad_images}')
@@ -129,7 +130,8 @@ class WatchedLoader(DataLoader):
         super().__init__(dataset, worker_init_fn=WorkerInit(worker_init_fn), **kwargs)
         self.max_bad_images = max_bad_images
         self.worker_timeout = worker_timeout
-        self.slots = slots
+        self.new_slots = new_slots
+        self._slots: Optional[SharedSlots] = None
         self.bad_images: Dict[int, Tuple[str, str]] = {}
         self._processes: List[Any] = []
         self._hung: Optional[int] = None  # worker
@@ -146,10 +148,11 @@ class WatchedLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._failure = self._hung = None
+        if self.new_slots is not None and (not self.persistent_workers or self._iterator is None):
+            self._slots = self.new_slots()  # for the workers that are started now
+        slots = self._slots  # of this iteration, for as long as there is one
         if not self.persistent_workers:
             self.dataset.heartbeats.clear()
-            if self.slots is not None:
-                self.slots.clear()
         watch = _Watch(self)
         try:
             with watch.waiting():
@@ -176,6 +179,7 @@ class WatchedLoader(DataLoader):
             raise
         finally:
             watch.stop()
+            del slots
             if not self.persistent_workers:
                 self._processes = []  # torch ends them now
 

@@ -3,6 +3,7 @@ import io
 import os
 import random
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from PIL import Image
 from mixsize_timm import measure
 from mixsize_timm.checkpoint import take_snapshot, write_snapshot
 from mixsize_timm.sizes import SizeProbe
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
 
 
 @pytest.fixture(autouse=True)

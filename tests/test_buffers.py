@@ -1,4 +1,5 @@
 """Memory of batches used again, but never while anything refers to it."""
+import os
 import pickle
 
 import pytest
@@ -77,13 +78,15 @@ def test_a_batch_that_is_too_large_finds_no_slot():
     assert slots.empty(0, (slots._size + 1,), BYTE) is None and slots.empty(0, (slots._size,), BYTE) is not None
 
 
-def test_what_dead_workers_had_taken_is_freed_and_what_was_received_is_not():
-    slots = SharedSlots(1, size=6, slots=2)
+def test_a_copy_of_the_process_frees_no_slot():
+    slots = SharedSlots(1, size=6, slots=1)
     received = sent(slots, 0, 1)
-    slots.empty(0, (6,), BYTE)  # and its worker dies
-    assert sent(slots, 0, 2) is None
-    slots.clear()
-    assert sent(slots, 0, 3).tolist() == [3] * 6 and received.tolist() == [1] * 6
+    child = os.fork()
+    if not child:
+        del received
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert sent(slots, 0, 2) is None and received.tolist() == [1] * 6
 
 
 def test_a_process_that_is_not_forked_has_no_slots():
@@ -101,3 +104,14 @@ def test_batches_that_are_kept_are_not_overwritten(prefetcher):
 
     for kept, expected in zip(batches(1), batches(0), strict=True):
         assert torch.equal(kept[0], expected[0]) and torch.equal(kept[1], expected[1])
+
+
+def test_two_iterations_at_a_time_do_not_share_memory():
+    loader = create_loader(
+        DigitsDataset(), (3, 16, 16), 64, True, regime=Regime.fixed(16, batch_size=64), hflip=0., num_workers=1,
+        persistent_workers=False, device=torch.device('cpu')).loader.loader
+    first = iter(loader)
+    started = [next(first)]
+    expected = list(loader)  # while the workers of the first go on
+    for kept, batch in zip(started + list(first), expected, strict=True):
+        assert torch.equal(kept[0], batch[0]) and torch.equal(kept[1], batch[1])

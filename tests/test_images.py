@@ -74,6 +74,17 @@ def test_whatever_a_reader_gives_becomes_the_same_tensor(source):
     assert opened.pil().tobytes() == smooth().tobytes()
 
 
+@pytest.mark.parametrize('source', [np.zeros((5, 7, 3)), torch.zeros(3, 5, 7), 'a/path.jpg'], ids=type)
+def test_what_is_no_image_of_bytes_is_refused(source):
+    with pytest.raises(TypeError, match='uint8'):
+        OpenedImage(source)
+
+
+def test_an_encoded_image_of_another_mode_becomes_rgb():
+    picture = OpenedImage(encoded(smooth().quantize(16), 'PNG'), None).decode()
+    assert torch.equal(picture.pixels, pil_to_tensor(smooth().quantize(16).convert('RGB')))
+
+
 @pytest.mark.parametrize('source', [np.zeros((5, 7), np.uint8), torch.zeros(5, 7, dtype=torch.uint8)], ids=type)
 def test_an_array_without_channels_has_one(source):
     assert OpenedImage(source).decode().pixels.shape == (1, 5, 7)

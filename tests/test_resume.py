@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from timm.utils import CheckpointSaver
 from mixsize_timm import train
 from mixsize_timm.args import parse_args
 from mixsize_timm.checkpoint import copy_checkpoint, newest_checkpoint, run_folder
+from mixsize_timm.resume import _restore_optimizer
 from mixsize_timm.saver import CheckpointHistory
 
 TINY = ['--model', 'test_resnet', '-j', '0', '-b', '8', '--opt', 'sgd', '--lr', '0.05', '--warmup-epochs', '0',
@@ -243,3 +245,15 @@ def test_weights_alone_are_not_resumed(run, capsys):
 def test_without_the_optimizer_can_be_said_before_there_is_a_run(tmp_path, tiny):
     args = parse_args([*tiny, '--resume', 'auto', '--experiment', 'new', '--output', str(tmp_path), '--no-resume-opt'])
     assert args.resume == ''
+
+
+def test_the_optimizers_kernels_are_those_of_this_start():
+    """They fit the device and the precision, which may be others now."""
+    model = torch.nn.Linear(2, 2)
+    saved = torch.optim.SGD(model.parameters(), lr=0.25, fused=True).state_dict()
+    run = SimpleNamespace(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.5, foreach=True), smoother=None,
+        args=SimpleNamespace(opt='sgd', sched='cosine'), accelerator=SimpleNamespace(scaler=None))
+    _restore_optimizer(run, {'opt': 'sgd', 'optimizer': saved, 'smoother': None, 'scaler': None}, 'last')
+    group = run.optimizer.param_groups[0]
+    assert group['lr'] == 0.25 and not group['fused'] and group['foreach']
