@@ -46,7 +46,7 @@ GIB = 2**30
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command; the exit code is 0, or as :func:`~mixsize_timm.errors.run_command` has it."""
-    return run_command('mixsize_timm.planner', lambda: Planner(*parse_plan_args(argv)).run(),
+    return run_command('mixsize plan', lambda: Planner(*parse_plan_args(argv)).run(),
                        lambda: 'nothing was written', logging.WARNING)
 
 
@@ -58,7 +58,7 @@ def parse_plan_args(argv: Optional[List[str]] = None) -> Tuple[argparse.Namespac
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(
-        prog='mixsize_timm.planner', usage='mixsize plan [options of the training command] [options]',
+        prog='mixsize plan', usage='mixsize plan [options of the training command] [options]',
         allow_abbrev=False, description='Print what a training run will cost, without training. Takes every option of '
         'the training command, which "mixsize train --help" lists, and a configuration with -c.')
     parser.add_argument('--num-images', type=int, default=None, metavar='N',

@@ -315,4 +315,4 @@ def test_one_size_is_timms_loader(capsys):
 def test_what_cannot_be_planned_is_said_in_one_line(options, message, capsys):
     assert cli.main(['plan', *TINY, *options]) == 2
     error = capsys.readouterr().err.strip()
-    assert message in error and error.startswith('mixsize_timm.planner: error: ') and '\n' not in error
+    assert message in error and error.startswith('mixsize plan: error: ') and '\n' not in error

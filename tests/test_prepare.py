@@ -240,7 +240,7 @@ def test_what_is_broken_off_is_made_again(source, prepared, tmp_path, damage):
     else:
         path = out / ('.prepare.jsonl' if damage == 'state' else 'validation-000001.tar')
         path.write_bytes(path.read_bytes()[:-20])
-    (out / '.0123.part').write_bytes(b'half a shard')
+    (out / f'.{"0" * 32}.part').write_bytes(b'half a shard')
     assert command(source, out, *FEW, '--split', 'validation') == 0
     after = contents(out)
     assert {name: after[name] for name in after if name[0] != '.'} == {
@@ -285,10 +285,10 @@ def test_other_arguments_and_other_peoples_files_are_refused(source, prepared, t
         assert command(source, prepared, *options) == 2
         error = capsys.readouterr().err
         assert f'was begun with another {message}' in error and error.count('\n') == 1
-    (tmp_path / 'mine.txt').write_text('mine')
+    (tmp_path / 'film.part').write_text('half a download')
     assert command(source, tmp_path, *FEW) == 2
     assert 'holds other files: choose a new folder' in capsys.readouterr().err
-    assert contents(prepared) == before and os.listdir(tmp_path) == ['mine.txt']
+    assert contents(prepared) == before and os.listdir(tmp_path) == ['film.part']
 
 
 @pytest.mark.parametrize('argv, message', [
