@@ -203,6 +203,7 @@ class _OnHost(PrefetchLoader):
     Args:
         prefetcher: timm's.
     """
+    IN_CACHE = 1 << 18  # values that are normalised at a time, to stay in the cache of a core meanwhile
 
     def __init__(self, prefetcher: PrefetchLoader) -> None:
         vars(self).update(vars(prefetcher))
@@ -210,7 +211,10 @@ class _OnHost(PrefetchLoader):
 
     def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
         for images, targets in self.loader:
-            normalised = self.memory.empty(images.shape, self.img_dtype).copy_(images).sub_(self.mean).div_(self.std)
+            normalised = self.memory.empty(images.shape, self.img_dtype)
+            length = max(1, self.IN_CACHE // images[0].numel())
+            for part, pixels in zip(normalised.split(length), images.split(length)):
+                part.copy_(pixels).sub_(self.mean).div_(self.std)
             yield normalised if self.random_erasing is None else self.random_erasing(normalised), targets
 
 
