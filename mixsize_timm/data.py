@@ -11,7 +11,7 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate, get_worker_info
 
 from .buffers import Recycled, SharedSlots
-from .datasets import BadImagesError, ReadableDataset
+from .datasets import ReadableDataset
 from .images import Picture
 from .randomness import own_randomness, seed_for
 from .regime import Regime
@@ -19,7 +19,7 @@ from .regularization import SizeRegularization
 from .sampler import DealtBatchSampler, Group, MixSizeBatchSampler
 from .streaming import WINDOW, StreamBatches, StreamLoader, num_images
 from .transforms import TensorTransform
-from .workers import Heartbeats, Read, WatchedLoader, WorkerError
+from .workers import Heartbeats, Read, WatchedLoader, WorkerError, read_batch
 
 _OF_TIMMS_SAMPLERS = (
     'input_size_choices', 'batch_size_choices', 'batch_choice_weights', 'batch_schedule_epochs', 'num_batches',
@@ -125,21 +125,12 @@ class MixSizeDataset(Dataset):
         Raises:
             WorkerError: In a worker, for any error of a transform or of the collation.
         """
-        bad_images: Dict[int, Tuple[str, str]] = {}
-        try:
-            images = self._images(group, bad_images)
-            return Read(self.maker(group, images, len(group.images)), bad_images)  # type: ignore[arg-type]
-        except BadImagesError as error:
-            return Read(None, error.images)
-        except Exception as error:
-            worker = get_worker_info()
-            if worker is None:
-                raise
-            reason = ' '.join(f'{type(error).__name__}: {error}'.split())
-            raise WorkerError(f'data worker {worker.id} failed{self.place(worker.id)}: {reason}') from error
+        assert group.images is not None, 'a MixSize loader plans its own images'
+        length = len(group.images)
+        return read_batch(lambda bad: self.maker(group, self._images(group, bad), length), self.place)
 
     def _images(self, group: Group, bad_images: Dict[int, Tuple[str, str]]) -> Iterator[Tuple[Picture, Any, int]]:
-        assert group.images is not None, 'a MixSize loader plans its own images'
+        assert group.images is not None
         for index in group.images.tolist():
             with self.heartbeats.at(index):
                 picture, target, bad = self.dataset.read(

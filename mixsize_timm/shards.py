@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import tarfile
+from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from typing import Any, Callable, ContextManager, Dict, Generator, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -81,7 +82,7 @@ class Targets:
         return remap_target(target, self.class_to_idx, self.names, dense=self.dense) if self.remaps else target
 
 
-class Shards:
+class Shards(ABC):
     """Shards of records.
 
     A record has a number for the whole source, which its index is made of: see :meth:`index` and :meth:`name`.
@@ -116,7 +117,7 @@ class Shards:
         """Class names, where they are known."""
         return self.targets.class_to_idx
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int) -> None:  # noqa: B027 - most sources have nothing to be told
         """Tell the epoch that is read next, for sources that shuffle by themselves."""
 
     def index(self, shard: int, number: int) -> int:
@@ -170,9 +171,9 @@ class Shards:
                     raise WorkerError(f'shard {self.names[shard]} cannot be read: {reason}') from error
                 _logger.warning('Shard %s is read once again: %s', self.names[shard], reason)
 
+    @abstractmethod
     def _read(self, shard: int, first: int) -> Iterator[Tuple[int, Record]]:
         """Numbers and records of a shard; those before ``first`` may be left out, or be without content."""
-        raise NotImplementedError
 
 
 class TarShards(Shards):
@@ -346,7 +347,7 @@ class IterableShards(Shards):
         targets.class_to_idx = getattr(reader, 'class_to_idx', None) or {}
         super().__init__([type(dataset).__name__], None, num_images, targets)
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int) -> None:  # noqa: B027 - most sources have nothing to be told
         if hasattr(self.dataset, 'set_epoch'):
             self.dataset.set_epoch(epoch)
 

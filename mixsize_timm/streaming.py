@@ -24,7 +24,7 @@ from .datasets import BadImagesError
 from .images import OpenedImage, Picture, unreadable
 from .sampler import EpochPlan, Group, MixSizeBatchSampler
 from .shards import At, HuggingFaceShards, IterableShards, Record, Shards, nowhere, parquet_shards, tar_shards
-from .workers import Heartbeats, Read, WatchedLoader, WorkerError
+from .workers import Heartbeats, Read, WatchedLoader, WorkerError, read_batch
 
 _logger = logging.getLogger(__name__)
 
@@ -402,20 +402,9 @@ class StreamBatches(IterableDataset):
             self._restarts[own] = reader.restarts
 
     def _read(self, group: Group, slots: Iterator[Tuple[Window, int]]) -> Read:
-        bad_images: BadImages = {}
-        try:
-            images = self._images(group, slots, bad_images)
-            return Read(self.maker(group, images, len(group.images)), bad_images)  # type: ignore[arg-type]
-        except BadImagesError as error:
-            return Read(None, error.images)
-        except WorkerError:
-            raise
-        except Exception as error:
-            worker = get_worker_info()
-            if worker is None:
-                raise
-            reason = ' '.join(f'{type(error).__name__}: {error}'.split())
-            raise WorkerError(f'data worker {worker.id} failed{self.place(worker.id)}: {reason}') from error
+        assert group.images is not None
+        length = len(group.images)
+        return read_batch(lambda bad: self.maker(group, self._images(group, slots, bad), length), self.place)
 
     def _images(self, group: Group, slots: Iterator[Tuple[Window, int]], bad_images: BadImages
                 ) -> Iterator[Tuple[Picture, Any, int]]:

@@ -66,6 +66,31 @@ class Read(NamedTuple):
     bad_images: Dict[int, Tuple[str, str]]  # index -> path, reason
 
 
+def read_batch(make: Callable[[Dict[int, Tuple[str, str]]], Any], place: Callable[[int], str]) -> Read:
+    """A batch, and what could not be read for it.
+
+    Args:
+        make: Makes the batch, given where to note images that cannot be read.
+        place: Words for the image that a worker is at.
+
+    Raises:
+        WorkerError: In a worker, for any error but unreadable images.
+    """
+    bad_images: Dict[int, Tuple[str, str]] = {}
+    try:
+        return Read(make(bad_images), bad_images)
+    except BadImagesError as error:
+        return Read(None, error.images)
+    except WorkerError:
+        raise
+    except Exception as error:
+        worker = get_worker_info()
+        if worker is None:
+            raise
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+        raise WorkerError(f'data worker {worker.id} failed{place(worker.id)}: {reason}') from error
+
+
 class Heartbeats:
     """What each worker is at, in memory that it shares with the main process.
 
