@@ -1,0 +1,57 @@
+"""The studies of docs/results.md: arms trained and measured, and the page made of what was measured."""
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import List, Optional
+
+import torch
+
+from .page import write_page
+from .runs import Machine, run_all
+from .settings import Setting, make_arms
+from .studies import make_studies
+
+PAGE = 'page'
+STUDIES = ('inference', 'accuracy', 'training', 'resilience', 'parts')
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the command; 0, or 3 where runs are still missing."""
+    parser = argparse.ArgumentParser(prog='python -m benchmarks.evidence', description=__doc__.splitlines()[0])
+    parser.add_argument('study', nargs='+', choices=(*STUDIES, 'all', PAGE), metavar='STUDY',
+                        help=f'{", ".join(STUDIES)}; all of them; or page, which writes docs/results.md')
+    parser.add_argument('--setting', nargs='+', default=Setting.names(), choices=Setting.names(), metavar='NAME',
+                        help=f'{", ".join(Setting.names())} (default: all)')
+    parser.add_argument('--arms', nargs='+', metavar='NAME', help='only these arms of the studies')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2, 3], metavar='N', help='(default: 1 2 3)')
+    parser.add_argument('--data', default='../shared/data', metavar='DIR', help='folder of the data sets')
+    parser.add_argument('--work', type=Path, default=Path('output/evidence'), metavar='DIR', help='folder of the runs')
+    parser.add_argument('--jobs', type=int, default=1, metavar='N', help='runs side by side (default: 1)')
+    parser.add_argument('--threads', type=int, metavar='N', help='threads of each (default: the cores, dealt out)')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--minutes', type=float, metavar='M',
+                        help='stop after so long, saved; the same command goes on')
+    args = parser.parse_args(argv)
+    studies = [name for name in STUDIES if name in args.study or 'all' in args.study]
+    if studies and not os.path.isdir(args.data):
+        parser.error(f'--data {args.data} is no folder')
+    machine = Machine(args.data, args.work, args.jobs, args.threads or max(1, (os.cpu_count() or 1) // args.jobs),
+                      args.device, time.monotonic() + 60 * args.minutes if args.minutes else None)
+    missing = 0
+    for setting in map(Setting.read, args.setting if studies else ()):
+        arms = make_arms(setting)
+        wanted = [arm for arm in arms if any(arm in make_studies(setting)[study].arms for study in studies)]
+        if args.arms and (unknown := sorted(set(args.arms) - set(wanted))):
+            parser.error(f'no arm {unknown[0]} in {" ".join(args.study)}: choose from {", ".join(wanted)}')
+        missing += run_all(setting, {arm: arms[arm] for arm in args.arms or wanted}, args.seeds, machine)
+    if missing:
+        print(f'{missing} runs are missing: the same command goes on', flush=True)
+    if PAGE in args.study:
+        write_page()
+    return 3 if missing else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

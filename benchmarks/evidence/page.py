@@ -1,0 +1,134 @@
+"""docs/results.md and its plots, made of the results of all runs."""
+from pathlib import Path
+from statistics import mean
+from typing import Any, Dict, List, Sequence
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from mixsize_timm.plots import against_gmacs, against_size
+from mixsize_timm.report import compare
+
+from .runs import RESULTS, read_results
+from .settings import CONTROL, Arm, Setting, make_arms
+from .studies import Results, Study, best_top1, curve_of, make_studies, mean_top1, over_seeds, top1
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / 'docs' / 'results.md'
+PLOTS = ROOT / 'docs' / 'results'
+HEAD = """# Results
+
+What MixSize gives on real images, beside training at one size and timm's scheduled sizes. This page is made by
+`python -m benchmarks.evidence page` out of the files in [benchmarks/results/evidence](../benchmarks/results/evidence),
+one for each run, with its commands, commit, machine and versions.
+[How the studies are made](../benchmarks/evidence/README.md).
+
+Accuracies are top-1 in per cent on images that nothing was chosen by, of the weights at the end of training, with
+batch norm calibrated for the size unless it says otherwise; mean ± standard deviation over the seeds. Costs are over
+those of the control, the model trained at one size; operations are multiply-accumulates.
+"""
+
+
+def write_page() -> None:
+    """Write the page and the plots."""
+    settings = [setting for setting in map(Setting.read, Setting.names()) if (RESULTS / setting.name).is_dir()]
+    found = {setting.name: _read(setting) for setting in settings}
+    parts = [HEAD]
+    for setting in settings:
+        parts.append(_overview(setting, found[setting.name]))
+    titles = {name: study for setting in settings[:1] for name, study in make_studies(setting).items()}
+    for number, (name, study) in enumerate(titles.items(), 1):
+        parts.append(f'## {number}. {study.title}\n\n{study.question}\n')
+        parts += [_section(setting, make_studies(setting)[name], found[setting.name]) for setting in settings]
+    parts.append(_provenance(settings, found))
+    PAGE.write_text('\n'.join(parts), encoding='utf-8')
+    print(f'{PAGE.relative_to(ROOT)} and plots in {PLOTS.relative_to(ROOT)} are written')
+
+
+def _read(setting: Setting) -> Dict[str, List[Dict[str, Any]]]:
+    return {name: read_results(setting, name) for name in make_arms(setting)}
+
+
+def _whole(found: Dict[str, List[Dict[str, Any]]]) -> Results:
+    """The runs that did not fail."""
+    return {name: [run for run in runs if 'failed' not in run] for name, runs in found.items()}
+
+
+def _overview(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> str:
+    results = _whole(found)
+    control = curve_of(CONTROL, results)
+    if control is None:
+        return f'## {setting.title}\n\nNot run.\n'
+    rows = []
+    for name, arm in make_arms(setting).items():
+        curve = curve_of(name, results)
+        if curve is None or name.startswith('specialist'):
+            continue
+        best, at = over_seeds(results[name], best_top1), curve.sizes[curve.best]
+        answers = compare(curve, control)
+        cheaper = f'{answers["match_size"]} px, {answers["fewer_operations"]:.2f}' if answers['match_size'] else 'none'
+        rows.append([arm.title, best, f'{at} px', over_seeds(results[name], lambda run: top1(run, setting.base_size)),
+                     over_seeds(results[name], mean_top1),
+                     *(f'{answers[f"training_{key}"]:.2f}' for key in ('gmacs', 'seconds')), cheaper])
+    header = ['arm', 'best top-1', 'at', f'top-1 at {setting.base_size} px', 'mean over sizes', 'training operations',
+              'training time', 'smallest size as good as the control\'s best, and times fewer operations']
+    return '\n'.join([f'## {setting.title}\n', *_table(header, rows), '', *_plots(setting, results)])
+
+
+def _plots(setting: Setting, results: Results) -> List[str]:
+    curves = [curve for name in ('dplus-equal', 'bplus', 'small-bplus', CONTROL, 'timm')
+              if (curve := curve_of(name, results)) is not None]
+    lines = []
+    PLOTS.mkdir(exist_ok=True)
+    for kind, plot in (('size', against_size), ('gmacs', against_gmacs)):
+        figure = plot(curves, 'Top-1 accuracy (%)')
+        FigureCanvasAgg(figure)
+        file = PLOTS / f'{setting.name}-{kind}.png'
+        figure.savefig(file, dpi=110, metadata={'Software': None})
+        lines.append(f'![Accuracy against {"image size" if kind == "size" else "operations"}, {setting.title}]'
+                     f'({file.relative_to(PAGE.parent).as_posix()})\n')
+    return lines
+
+
+def _section(setting: Setting, study: Study, found: Dict[str, List[Dict[str, Any]]]) -> str:
+    """The answers of a study for a setting, and the accuracies that they come from."""
+    arms, results = make_arms(setting), _whole(found)
+    rows, notes = [], []
+    for name in study.arms:
+        rows += _rows(arms[name], results[name], setting.sizes)
+        failed = [run for run in found[name] if 'failed' in run]
+        if failed:
+            notes.append(f'{arms[name].title}: {len(failed)} of {len(found[name])} runs failed: {failed[0]["failed"]}')
+        if not found[name]:
+            notes.append(f'{arms[name].title}: not run.')
+    lines = [f'- {line}' for line in (*study.answer(setting, results), *notes)]
+    header = ['arm', 'epochs', 'seeds', 'statistics', *(f'{size} px' for size in setting.sizes)]
+    return '\n'.join([f'### {setting.title}\n', *lines, '', *(_table(header, rows) if rows else ()), ''])
+
+
+def _rows(arm: Arm, runs: Sequence[Dict[str, Any]], sizes: Sequence[int]) -> List[List[str]]:
+    rows = []
+    for key, kind in (('top1', 'calibrated'), ('top1_uncalibrated', 'own')) if runs else ():
+        cells = [over_seeds(runs, lambda run, size=size, key=key: top1(run, size, key)) for size in sizes]
+        rows.append([arm.title, str(arm.epochs), str(len(runs)), kind, *cells])
+    return rows
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
+    return [f'| {" | ".join(cells)} |' for cells in (header, ['---'] * len(header), *rows)]
+
+
+def _provenance(settings: Sequence[Setting], found: Dict[str, Dict[str, List[Dict[str, Any]]]]) -> str:
+    lines = ['## Where it was measured\n']
+    for setting in settings:
+        runs = [run for arm in found[setting.name].values() for run in arm]
+        whole = [run for run in runs if 'failed' not in run]
+        places = sorted({f'{run["machine"]}, {run["device"]}, {run["threads"]} thread{"s" * (run["threads"] > 1)}, '
+                         f'{run["precision"]}; {run["versions"]}' for run in whole})
+        commits = sorted({str(run['commit'])[:10] for run in runs})
+        seconds = mean(run['training']['seconds'] for run in whole) if whole else 0
+        lines.append(f'- {setting.title}: {len(runs)} runs, {len(runs) - len(whole)} failed, '
+                     f'{min(run["date"] for run in runs)} to {max(run["date"] for run in runs)}, {seconds:.0f} s of '
+                     f'training each on average; {" and ".join(places)}; commit{"s" * (len(commits) > 1)} '
+                     f'{", ".join(commits)}. '
+                     f'All settings: [{setting.name}.yaml](../benchmarks/evidence/{setting.name}.yaml).')
+    return '\n'.join(lines) + '\n'

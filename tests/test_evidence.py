@@ -1,0 +1,234 @@
+"""The studies' own arithmetic and commands; what they measure is not measured here."""
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixsize_timm.args import make_regime, parse_args
+from mixsize_timm.errors import INTERRUPTED, STOPPED
+from mixsize_timm.sampler import plan_epoch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope='module')
+def evidence():
+    """The modules of the studies by name, forgotten afterwards."""
+    sys.path.insert(0, str(ROOT))
+    before = set(sys.modules)
+    yield lambda name: importlib.import_module(f'benchmarks.evidence.{name}')
+    sys.path.remove(str(ROOT))
+    for name in set(sys.modules) - before:
+        if name.split('.')[0] == 'benchmarks':
+            del sys.modules[name]
+
+
+def all_settings(evidence):
+    settings = evidence('settings')
+    return [settings.Setting.read(name) for name in settings.Setting.names()]
+
+
+def machine(evidence, folder, **kwargs):
+    return evidence('runs').Machine(**{'data': '../shared/data', 'work': folder, 'jobs': 1, 'threads': 1,
+                                       'device': 'cpu', 'deadline': None, **kwargs})
+
+
+def run_of(arm, seed, accuracies, gmacs=(1., 2., 4.), training=10.):
+    rows = [{'img_size': size, 'top1': value, 'top1_uncalibrated': value - 1, 'gmacs': cost}
+            for size, value, cost in zip((16, 24, 32), accuracies, gmacs)]
+    return {'title': arm, 'seed': seed, 'results': rows, 'calibrated': 1,
+            'training': {'gmacs': training, 'seconds': 2 * training, 'steps': 5}}
+
+
+def test_every_arm_of_every_study_is_one_that_can_be_run(evidence):
+    for setting in all_settings(evidence):
+        arms = evidence('settings').make_arms(setting)
+        studies = evidence('studies').make_studies(setting)
+        used = {name for study in studies.values() for name in study.arms}
+        assert used == set(arms)
+        assert list(studies) == list(evidence('__main__').STUDIES)
+
+
+def test_every_command_of_training_is_taken_by_the_parser(evidence, tmp_path):
+    for setting in all_settings(evidence):
+        for name, arm in evidence('settings').make_arms(setting).items():
+            words = evidence('runs').training_command(setting, name, arm, 1, machine(evidence, tmp_path))
+            args = parse_args(words[3:])
+            assert (args.epochs, args.seed, args.experiment) == (arm.epochs, 1, f'{name}-1')
+
+
+def test_arms_of_equal_cost_train_as_many_pixels_as_the_control(evidence, tmp_path):
+    """To half an epoch, and the few images that fill no batch."""
+    for setting in all_settings(evidence):
+        fixed = setting.epochs * setting.num_images * setting.base_size**2
+        for name, arm in evidence('settings').make_arms(setting).items():
+            if 'equal cost' not in arm.title:
+                continue
+            words = evidence('runs').training_command(setting, name, arm, 1, machine(evidence, tmp_path))
+            args = parse_args(words[3:])
+            epoch = setting.num_images * args.img_size**2
+            if args.mixsize != 'off':
+                plan = plan_epoch(make_regime(args, (3, args.img_size, args.img_size)), setting.num_images)
+                epoch = int((plan.size**2 * plan.batch * plan.duplicates).sum())
+            assert abs(epoch * arm.epochs - fixed) <= 0.5 * epoch + 0.03 * fixed, name
+
+
+def test_timms_scheduled_sizes_cost_what_the_control_costs(evidence):
+    for setting in all_settings(evidence):
+        arm = evidence('settings').make_arms(setting)['timm']
+        options = arm.options
+        step = sum(p * size**2 * batch for p, size, batch in zip(
+            options['train_size_probs'], options['train_img_sizes'], options['train_batch_sizes']))
+        pixels = step * options['train_batches_per_epoch'] * arm.epochs
+        assert pixels == pytest.approx(setting.epochs * setting.num_images * setting.base_size**2, rel=0.03)
+
+
+def test_a_missing_run_is_made_and_one_that_is_there_is_not(evidence, tmp_path, monkeypatch):
+    runs, setting = evidence('runs'), all_settings(evidence)[0]
+    monkeypatch.setattr(runs, 'RESULTS', tmp_path / 'results')
+    arms = {'fixed': evidence('settings').make_arms(setting)['fixed']}
+    called = []
+    report = {'settings': {'command': 'c', 'machine': 'm', 'date': 'today'}, 'checkpoints': [
+        {'model': 'n', 'num_params': 1, 'calibrated': 1, 'training': {}, 'results': [{'img_size': 16, 'top1': 50.}]}]}
+
+    def call(command, log, machine):
+        called.append(command[2])
+        folder = tmp_path / 'work' / setting.name / 'fixed-7'
+        (folder / 'evaluation').mkdir(parents=True, exist_ok=True)
+        (folder / 'evaluation' / 'sizes.json').write_text(json.dumps(report))
+        return 0
+
+    monkeypatch.setattr(runs, '_call', call)
+    for _ in range(2):
+        assert runs.run_all(setting, arms, [7], machine(evidence, tmp_path / 'work')) == 0
+    assert called == ['mixsize_timm.train', 'mixsize_timm.evaluate']
+    result, = runs.read_results(setting, 'fixed')
+    assert result['seed'] == 7 and result['machine'] == 'm' and result['results'][0]['top1'] == 50
+    assert all(command.startswith('python -m mixsize_timm.') for command in result['commands'])
+
+
+@pytest.mark.parametrize('code', [INTERRUPTED, STOPPED])
+def test_a_training_that_was_stopped_is_no_failure(evidence, tmp_path, monkeypatch, code):
+    runs, setting = evidence('runs'), all_settings(evidence)[0]
+    monkeypatch.setattr(runs, 'RESULTS', tmp_path / 'results')
+    monkeypatch.setattr(runs, '_call', lambda *_: code)
+    arms = {'fixed': evidence('settings').make_arms(setting)['fixed']}
+    assert runs.run_all(setting, arms, [7, 8], machine(evidence, tmp_path)) == 2
+    assert not (tmp_path / 'results').exists()
+
+
+def test_a_training_that_failed_is_a_result(evidence, tmp_path, monkeypatch):
+    runs, setting = evidence('runs'), all_settings(evidence)[0]
+    monkeypatch.setattr(runs, 'RESULTS', tmp_path / 'results')
+
+    def call(command, log, machine):
+        log.parent.mkdir(parents=True)
+        log.write_text('many lines\nmixsize_timm.train: error: the loss is not finite\n')
+        return 2
+
+    monkeypatch.setattr(runs, '_call', call)
+    arms = {'fixed': evidence('settings').make_arms(setting)['fixed']}
+    assert runs.run_all(setting, arms, [7], machine(evidence, tmp_path)) == 0
+    assert 'not finite' in runs.read_results(setting, 'fixed')[0]['failed']
+
+
+def test_nothing_is_begun_when_the_time_is_over(evidence, tmp_path, monkeypatch):
+    runs, setting = evidence('runs'), all_settings(evidence)[0]
+    monkeypatch.setattr(runs, '_call', lambda *_: pytest.fail('it was begun'))
+    arms = {'fixed': evidence('settings').make_arms(setting)['fixed']}
+    assert runs.run_all(setting, arms, [99, 98], machine(evidence, tmp_path, deadline=0.)) == 2
+
+
+def test_a_run_is_stopped_in_time_and_told_so_gently(evidence, tmp_path):
+    """The program answers to SIGTERM as training does, and would otherwise go on for a minute."""
+    import time
+    program = ('import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); '
+               'print("begun", flush=True); time.sleep(60)')
+    log = tmp_path / 'log'
+    limited = machine(evidence, tmp_path, deadline=time.monotonic() + 3)
+    assert evidence('runs')._call([sys.executable, '-c', program], log, limited) == 143
+    assert log.read_text() == 'begun\n' and limited.over
+
+
+def answer(evidence, study, results):
+    setting = all_settings(evidence)[0]
+    setting = type(setting)(**{**vars(setting), 'base_size': 32, 'sizes': [16, 24, 32], 'specialists': [16, 24]})
+    return evidence('studies').make_studies(setting)[study].answer(setting, results)
+
+
+def test_cheaper_inference_is_the_smallest_size_as_good_as_the_controls_best(evidence):
+    results = {'fixed': [run_of('fixed', 1, (40, 60, 70))], 'bplus': [run_of('B+', 1, (70, 72, 74))],
+               'timm': [run_of('timm', 1, (60, 69, 69.9))]}
+    ours, timm = answer(evidence, 'inference', results)
+    assert 'at 16 px' in ours and '4.00 times fewer' in ours and 'not' not in ours
+    assert 'no size' in timm and 'not met' in timm
+
+
+def test_better_accuracy_is_a_share_of_the_controls_error(evidence):
+    results = {'fixed': [run_of('fixed', 1, (40, 60, 70)), run_of('fixed', 2, (40, 60, 80))],
+               'bplus': [run_of('B+', 1, (70, 80, 74)), run_of('B+', 2, (70, 80, 74))]}
+    line, = answer(evidence, 'accuracy', results)
+    assert '80.00 %' in line and '75.00 %' in line and '20.0% lower' in line and 'not' not in line
+
+
+def test_cheaper_training_needs_both_the_accuracy_and_the_cost(evidence):
+    fixed = {'fixed': [run_of('fixed', 1, (40, 60, 70))]}
+    for accuracy, cost, met in ((70, 4, True), (69, 4, False), (70, 5, False)):
+        results = {**fixed, 'small-bplus-cheap': [run_of('B+', 1, (40, accuracy, 50), training=cost)]}
+        line, = answer(evidence, 'training', results)
+        assert ('not met' not in line) == met, line
+
+
+def test_resilience_compares_each_size_with_its_own_specialist(evidence):
+    results = {'fixed': [run_of('fixed', 1, (0, 0, 70))], 'specialist-16': [run_of('16', 1, (50, 0, 0))],
+               'specialist-24': [run_of('24', 1, (0, 60, 0))], 'dplus-equal': [run_of('D+', 1, (51, 61, 69.5))]}
+    line, = answer(evidence, 'resilience', results)
+    assert '+1.00 at 16 px, +1.00 at 24 px, -0.50 at 32 px' in line and 'not' not in line
+    results['specialist-16'] = []
+    assert answer(evidence, 'resilience', results) == []
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=1, max_size=4))
+def test_a_part_is_judged_seed_by_seed(evidence, pairs):
+    """What makes a seed easy or hard for both arms is not in the difference; a seed of one arm alone is left out."""
+    results = {'dplus': [run_of('D+', seed, (a, a, a)) for seed, (a, _) in enumerate(pairs)] + [
+                   run_of('D+', 99, (0, 0, 0))],
+               'dplus-rough': [run_of('rough', seed, (b, b, b)) for seed, (_, b) in enumerate(pairs)]}
+    line = answer(evidence, 'parts', results)[0]
+    gain = float(re.search(r'[+-]\d+\.\d+', line)[0])
+    assert gain == pytest.approx(sum(a - b for a, b in pairs) / len(pairs), abs=0.006)
+    assert f'over {len(pairs)} seeds' in line
+
+
+def test_the_page_has_every_number_with_its_arm(evidence, tmp_path, monkeypatch):
+    page, runs, settings = evidence('page'), evidence('runs'), evidence('settings')
+    setting = all_settings(evidence)[0]
+    monkeypatch.setattr(runs, 'RESULTS', tmp_path / 'results')
+    monkeypatch.setattr(page, 'RESULTS', tmp_path / 'results')
+    monkeypatch.setattr(page, 'ROOT', tmp_path)
+    monkeypatch.setattr(page, 'PAGE', tmp_path / 'results.md')
+    monkeypatch.setattr(page, 'PLOTS', tmp_path / 'plots')
+    monkeypatch.setattr(settings.Setting, 'names', classmethod(lambda cls: [setting.name]))
+    folder = tmp_path / 'results' / setting.name
+    folder.mkdir(parents=True)
+    place = {'machine': 'a machine', 'device': 'cpu', 'threads': 1, 'precision': 'no', 'versions': 'torch 0',
+             'commit': '0123456789abcdef', 'date': '2026-01-01'}
+    for arm, base in (('fixed', 60.), ('bplus', 61.25)):
+        for seed in (1, 2):
+            rows = [{'img_size': size, 'top1': base + seed, 'top1_uncalibrated': 5., 'gmacs': float(size)}
+                    for size in setting.sizes]
+            (folder / f'{arm}-{seed}.json').write_text(json.dumps({
+                'title': arm, 'seed': seed, 'results': rows, 'calibrated': 1, **place,
+                'training': {'gmacs': 1., 'seconds': 2., 'steps': 3}}))
+    (folder / 'timm-1.json').write_text(json.dumps({'title': 'timm', 'seed': 1, 'failed': 'no memory', **place}))
+    page.write_page()
+    text = (tmp_path / 'results.md').read_text(encoding='utf-8')
+    assert '62.75 ± 0.71' in text and '1 of 1 runs failed: no memory' in text and '0123456789' in text
+    assert 'not run' in text and 'a machine, cpu' in text
+    assert {path.name for path in (tmp_path / 'plots').iterdir()} == {
+        f'{setting.name}-size.png', f'{setting.name}-gmacs.png'}
