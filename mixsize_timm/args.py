@@ -16,8 +16,8 @@ from .checkpoint import checkpoints_of, holds_checkpoint, newest_checkpoint, run
 from .datasets import DIGITS
 from .errors import UsageError, refusing
 from .parser import build_parser
+from .recipe import read_recipe
 from .regime import Regime
-from .resources import read_resource
 from .saver import CheckpointInterval
 from .tokens import holds_token
 
@@ -25,14 +25,17 @@ _logger = logging.getLogger(__name__)
 
 ARGS_FILE = 'args.yaml'
 
+_OF_ONE_START = ('resume', 'no_resume_opt', 'output', 'experiment', 'start_epoch', 'stop_epoch', 'wandb_resume_id',
+                 'resume_auto')  # arguments that a run does not bring along when it is resumed
+
 
 def parse_args(argv: Optional[List[str]] = None, *, recipe_without_data: bool = True) -> argparse.Namespace:
-    """Arguments of the training command: the command line over ``--config`` over the resumed run or the built-in
-    recipe over the defaults.
+    """Arguments of the training command: the command line over ``--config`` over the resumed run, or else the recipe,
+    over the defaults.
 
     Args:
         argv: The command line; ``None`` for that of the process.
-        recipe_without_data: Take the built-in recipe, that of the digits, where no data set is named.
+        recipe_without_data: Where no data set is named, take the recipe of the digits, and refuse one that needs data.
 
     Raises:
         UsageError: A file cannot be read or an argument's value cannot work.
@@ -44,28 +47,31 @@ def parse_args(argv: Optional[List[str]] = None, *, recipe_without_data: bool = 
     resume = _resume_from(*(getattr(given, name) or configured.get(name) or ''
                             for name in ('resume', 'output', 'experiment')))
     layers: List[Dict[str, Any]] = [configured]
+    name = str(given.recipe or configured.get('recipe') or '')
     if os.path.isdir(resume):
         resumed = read_yaml(os.path.join(run_folder(resume), ARGS_FILE))
-        own = ('resume', 'no_resume_opt', 'output', 'experiment', 'start_epoch', 'stop_epoch',
-               'wandb_resume_id', 'resume_auto')  # of that start only
-        layers.insert(0, {key: value for key, value in resumed.items() if key not in own})
+        begun_with = resumed.get('recipe') or ''
+        if name not in ('', begun_with):
+            raise UsageError(f'{resume} was begun with {"the recipe " + begun_with if begun_with else "no recipe"}, '
+                             f'not {name}: leave out --recipe')
+        name = ''  # all that it says is in the run's arguments
+        layers.insert(0, {key: value for key, value in resumed.items() if key not in _OF_ONE_START})
     stated: Dict[str, Any] = {key: value for layer in layers for key, value in layer.items()}
-    recipe: Dict[str, Any] = {}
-    digits = recipe_without_data or DIGITS in (given.dataset, stated.get('dataset'))
-    if digits and not any((given.data, given.data_dir, given.dataset not in ('', DIGITS),
-                           stated.get('data'), stated.get('data_dir'),
-                           stated.get('dataset', '') not in ('', DIGITS))):
-        recipe = {**_recipe('digits'), 'dataset': DIGITS}
-        layers.insert(0, recipe)
+    data = {str(getattr(given, key) or stated.get(key) or '') for key in ('data', 'data_dir', 'dataset')} - {''}
+    if not name and data <= {DIGITS} and (data or recipe_without_data):
+        name = DIGITS
+    recipe: Dict[str, Any] = {**yaml.safe_load(read_recipe(name)), 'recipe': name} if name else {}
+    layers.insert(0, recipe)
     _drop_overridden(layers, stated_here)
     for layer in layers:
         _set_defaults(parser, layer)
     args = parser.parse_args(argv)
     args.resume = resume
     args.resume_auto = given.resume == 'auto' or (not given.resume and configured.get('resume') == 'auto')
-    if recipe and args.opt != recipe['opt'] and args.opt_kwargs == recipe['opt_kwargs']:
-        args.opt_kwargs = {}  # they were the other optimizer's
+    _drop_optimizer(args, recipe)
     _resolve(args, given)
+    if recipe and recipe_without_data and not args.data_dir and args.dataset.partition('/')[0] in ('', 'torch'):
+        raise UsageError(f'the recipe {name} needs a data set: name its folder with --data-dir')
     _check(args, given)
     return args
 
@@ -90,8 +96,12 @@ def output_folder(output: str, experiment: str) -> str:
     return os.path.join(output or os.path.join('output', 'train'), experiment)
 
 
-def _recipe(name: str) -> Dict[str, Any]:
-    return yaml.safe_load(read_resource('recipes', f'{name}.yaml'))
+def _drop_optimizer(args: argparse.Namespace, recipe: Dict[str, Any]) -> None:
+    """Leave out what the recipe says of its optimizer where another one is asked for."""
+    if args.opt != recipe.get('opt', args.opt):
+        for name in ('opt_eps', 'opt_betas', 'opt_kwargs'):
+            if name in recipe and getattr(args, name) == recipe[name]:
+                setattr(args, name, build_parser().get_default(name))
 
 
 def read_yaml(path: str) -> Dict[str, Any]:
@@ -106,10 +116,11 @@ def read_yaml(path: str) -> Dict[str, Any]:
     return values
 
 
-# Arguments that say the same in several ways
+# Arguments that say the same in several ways, or of which one takes the place of the other
 _SPELLINGS = (('mixed_precision', 'amp'), ('drop_path', 'drop_connect'), ('loss', 'bce_loss', 'jsd_loss'),
               ('loss_pos_weight', 'bce_pos_weight'), ('mixsize_duplicates', 'aug_repeats'),
-              ('checkpoint_interval', 'recovery_interval'))
+              ('checkpoint_interval', 'recovery_interval'), ('train_pad', 'scale'), ('train_pad', 'ratio'),
+              ('train_pad', 'train_crop_mode'), ('train_pad', 'no_aug'))
 
 
 def _stated(argv: Optional[List[str]]) -> Set[str]:
@@ -273,6 +284,7 @@ def _check(args: argparse.Namespace, given: argparse.Namespace) -> None:
         raise UsageError(f'the digits are embedded: leave out {args.data_dir}, or say what it is with --dataset')
     _check_mixsize(args, given)
     _check_augmentation(args)
+    check_crop(args)
     _check_task(args)
     if args.sched == 'plateau' and args.sched_on_updates:
         raise UsageError('--sched plateau steps after an epoch: leave out --sched-on-updates')
@@ -289,7 +301,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UsageError(f'{flag(name)} must be at least 1, not {value}')
     for name in ('workers', 'calibrate', 'calibrate_val', 'seed', 'recovery_interval', 'mixsize_reg', 'epoch_repeats',
-                 'aug_repeats', 'start_epoch', 'max_nonfinite', 'worker_timeout'):
+                 'aug_repeats', 'start_epoch', 'max_nonfinite', 'worker_timeout', 'train_pad'):
         if (getattr(args, name) or 0) < 0:
             raise UsageError(f'{flag(name)} must not be negative, not {getattr(args, name)}')
     if args.micro_batch_size not in ('', 'auto') and not (
@@ -338,6 +350,8 @@ def _check_loader(args: argparse.Namespace, given: argparse.Namespace) -> None:
         for name, standard in (('max_bad_images', 0.01), ('worker_timeout', 45), ('scaled_decoding', False)):
             if getattr(given, name) != standard:
                 raise UsageError(f'--mixsize off uses timm\'s own loader: leave out {flag(name)}, or add --fast-loader')
+        if args.train_pad:  # in a configuration too, since it is an augmentation
+            raise UsageError('timm\'s own loader has no --train-pad: leave it out, or add --fast-loader')
         return
     for name in ('train_img_sizes', 'naflex_loader', 'aug_splits', 'aug_repeats', 'use_multi_epochs_loader'):
         if getattr(args, name):
@@ -374,6 +388,16 @@ def _check_augmentation(args: argparse.Namespace) -> None:
         for other in others:
             if getattr(args, other) and len(getattr(args, other)) != len(getattr(args, choices) or ()):
                 raise UsageError(f'{flag(other)} must have one value for each of {flag(choices)}')
+
+
+def check_crop(args: argparse.Namespace) -> None:
+    """Refuse ``--train-pad`` where something else says how training images are cropped."""
+    if not args.train_pad:
+        return
+    parser = build_parser()
+    for name in ('no_aug', 'train_crop_mode', 'scale', 'ratio'):
+        if getattr(args, name) != parser.get_default(name):
+            raise UsageError(f'--train-pad and {flag(name)} exclude each other: it is a crop of its own')
 
 
 def _check_task(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .architectures import default_cfgs
 from .report import METRIC_NAMES, make_curves, size_range, table_cells
 from .resources import read_resource
 
@@ -66,7 +67,7 @@ def make_card(
         dataset: Identifier of the data set on the hub; by default told from the arguments of the run.
         description: What the card begins with.
     """
-    img_size = model.pretrained_cfg['input_size'][-1]
+    img_size, architecture = model.pretrained_cfg['input_size'][-1], model.pretrained_cfg['architecture']
     dataset = dataset or dataset_id(args, results)
     split = (results or {}).get('data', {}).get('split', '')
     data = ModelCardData(
@@ -75,6 +76,7 @@ def make_card(
         metrics=sorted({_METRIC_TYPES[key] for key in _measured(results)}) or None,
         model_name=name, eval_results=eval_results(results, dataset, split, stats))
     data_of_run, starts = run.get('data', {}), run.get('starts', [])
+    registers = architecture in default_cfgs  # ours, which timm knows after an import
     cells, curve = None, None
     if results:
         curve = make_curves([results], metric)[0]
@@ -82,7 +84,7 @@ def make_card(
     others = [size for size in (sizes or (curve.sizes if curve else ())) if size != img_size]
     return ModelCard.from_template(
         data, template_str=read_resource('cards', 'card.md.jinja') + '\n', name=name, repo_id=repo_id,
-        architecture=model.pretrained_cfg['architecture'], num_params=sum(p.numel() for p in model.parameters()),
+        architecture=architecture, registers=registers, num_params=sum(p.numel() for p in model.parameters()),
         dtype=dtype, num_classes=model.num_classes, class_names=_shown(data_of_run.get('class_names')),
         img_size=img_size, stats=stats, sizes=sizes, other_size=min(others) if others else None,
         mode='RGB' if model.pretrained_cfg['input_size'][0] == 3 else 'L',
@@ -94,7 +96,7 @@ def make_card(
         adapt=_ADAPT[regime['adapt']] if regime else '', average=average, base_model=base_model,
         starts=starts, fence=_fence([start['command'] for start in starts]),
         train_images=data_of_run.get('train_images'), has_args=has_args, epochs=epochs,
-        limits=_limits(curve, results, sizes, stats, dtype, img_size))
+        limits=_limits(curve, results, sizes, stats, dtype, img_size, 'timm' if registers else 'timm alone'))
 
 
 def eval_results(results: Optional[Dict[str, Any]], dataset: str, split: str, stats: str) -> List[EvalResult]:
@@ -148,7 +150,7 @@ def _fence(texts: Sequence[str]) -> str:
 
 
 def _limits(curve: Any, results: Optional[Dict[str, Any]], sizes: Sequence[int], stats: str, dtype: str,
-            img_size: int) -> List[str]:
+            img_size: int, timm: str) -> List[str]:
     lines = ['It names one of its classes for any image, whatever the image shows.']
     if curve is None:
         lines.append('Its accuracy was not measured.')
@@ -166,7 +168,7 @@ def _limits(curve: Any, results: Optional[Dict[str, Any]], sizes: Sequence[int],
                      '`mixsize calibrate` makes them for any size, from unlabelled images.')
     if stats != NONE:
         kind = f'for {img_size} px' if stats == CALIBRATED else 'of training'
-        lines.append(f'With timm alone it has the statistics {kind} at every size.')
+        lines.append(f'With {timm} it has the statistics {kind} at every size.')
     measured = (results or {}).get('data', {}).get('weights', dtype)
     if measured != dtype:
         lines.append(f'It was calibrated and measured with {measured} weights; here they are {dtype}.')

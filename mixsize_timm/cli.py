@@ -6,6 +6,7 @@ from typing import List, Optional
 _COMMANDS = {
     'train': ('mixsize_timm.train', 'train a timm model; takes what "python -m mixsize_timm.train" takes'),
     'plan': ('mixsize_timm.planner', 'print what a training will cost; takes what "train" takes'),
+    'recipes': ('mixsize_timm.recipe', 'list the packaged recipes, or print one: what "train --recipe NAME" takes'),
     'evaluate': ('mixsize_timm.evaluate', 'measure models at many image sizes, and write a report'),
     'calibrate': ('mixsize_timm.calibrate_model', 'keep batch-norm statistics for many sizes beside a model'),
     'prepare': ('mixsize_timm.prepare', 'rewrite a data set as shards of images no larger than training needs'),

@@ -18,12 +18,13 @@ from .regime import Regime
 from .regularization import SizeRegularization
 from .sampler import DealtBatchSampler, Group, MixSizeBatchSampler
 from .streaming import WINDOW, StreamBatches, StreamLoader, num_images
-from .transforms import TensorTransform
+from .transforms import TensorTransform, pad_crop
 from .workers import Heartbeats, Read, WatchedLoader, WorkerError, read_batch
 
 _OF_TIMMS_SAMPLERS = (
     'input_size_choices', 'batch_size_choices', 'batch_choice_weights', 'batch_schedule_epochs', 'num_batches',
     'num_aug_repeats', 'num_aug_splits', 'use_multi_epochs_loader')
+_OF_TIMMS_CROP = ('no_aug', 'train_crop_mode', 'scale', 'ratio')
 _WAITED_FOR = ('cpu', 'cuda')  # devices of which it is known that a batch's memory is read when it is let go
 
 
@@ -313,6 +314,7 @@ def create_loader(
         drop: str = 'tail',
         plan_world_size: Optional[int] = None,
         size_reg: float = 0.,
+        train_pad: int = 0,
         scaled_decoding: bool = False,
         max_bad_images: float = 0.01,
         worker_timeout: float = 45.,
@@ -336,6 +338,9 @@ def create_loader(
         drop: See :func:`~mixsize_timm.sampler.size_batches`.
         plan_world_size: See :class:`~mixsize_timm.sampler.MixSizeBatchSampler`.
         size_reg: Strength of :class:`~mixsize_timm.regularization.SizeRegularization` for augmentation and mixup.
+        train_pad: In the place of timm's random resized crop, with and without a regime, the augmentation usual for
+            CIFAR: so many black pixels around the image, a crop of the image's own size out of that, resized to the
+            step's size. 0 for timm's crop.
         scaled_decoding: Decode a JPEG at 1/2, 1/4 or 1/8 of its size where every random resized crop of it, among its
             duplicates, still has at least the pixels of its step's size, and in libjpeg-turbo's faster ways. libjpeg's
             scaling averages blocks of pixels, and the crop's edges move by up to half such a block, so that pixels
@@ -359,7 +364,11 @@ def create_loader(
     """
     _allow_zero_bits()
     if regime is None:
-        return timm.data.create_loader(dataset, input_size, batch_size, is_training, **kwargs)
+        loader = timm.data.create_loader(dataset, input_size, batch_size, is_training, **kwargs)
+        if train_pad:
+            plain: Any = loader.loader if isinstance(loader, PrefetchLoader) else loader
+            _pad_crop(getattr(plain.dataset, 'transform', None), train_pad, kwargs)
+        return loader
     if not is_training:
         raise ValueError('a regime is for training: leave it out of an evaluation loader')
     if batch_size != regime.batch_size:
@@ -379,7 +388,7 @@ def create_loader(
     return MixSizeLoader(
         _loader_of_groups(dataset, input_size, regime.sizes, sampler, seed,
                           SizeRegularization(size_reg, regime.base_size, mixup=kwargs.get('collate_fn')),
-                          scaled_decoding, kwargs, max_bad_images, worker_timeout, shuffle_window),
+                          scaled_decoding, train_pad, kwargs, max_bad_images, worker_timeout, shuffle_window),
         sampler)
 
 
@@ -392,6 +401,7 @@ def create_calibration_loader(
         seed: int = 42,
         rank: int = 0,
         world_size: int = 1,
+        train_pad: int = 0,
         scaled_decoding: bool = False,
         worker_timeout: float = 45.,
         **kwargs: Any,
@@ -408,6 +418,7 @@ def create_calibration_loader(
         seed: Seed of the choice of images and of the augmentations.
         rank: This process.
         world_size: Number of processes.
+        train_pad: As for :func:`create_loader`.
         scaled_decoding: As for :func:`create_loader`.
         worker_timeout: As for :func:`create_loader`. Any number of images may be unreadable here.
         **kwargs: Every other argument of ``timm.data.create_loader`` for a training loader.
@@ -419,19 +430,21 @@ def create_calibration_loader(
     size = input_size[-1]
     sampler = DealtBatchSampler(len(dataset), size, batch_size, num_batches, seed, rank, world_size)
     return _loader_of_groups(dataset, input_size, (size,), sampler, seed, SizeRegularization(0, size),
-                             scaled_decoding, kwargs, worker_timeout=worker_timeout)
+                             scaled_decoding, train_pad, kwargs, worker_timeout=worker_timeout)
 
 
 def _loader_of_groups(dataset: Any, input_size: Any, sizes: Sequence[int], sampler: Any, seed: int,
-                      regularization: SizeRegularization, scaled_decoding: bool, kwargs: Dict[str, Any],
-                      max_bad_images: float = 1., worker_timeout: float = 45., shuffle_window: int = WINDOW) -> Any:
+                      regularization: SizeRegularization, scaled_decoding: bool, train_pad: int,
+                      kwargs: Dict[str, Any], max_bad_images: float = 1., worker_timeout: float = 45.,
+                      shuffle_window: int = WINDOW) -> Any:
     """A loader of what a sampler of groups asks for."""
     streams = isinstance(dataset, IterableDataset)
     if streams:
         readable: Any = TensorDataset(torch.zeros(1))  # timm's scheduled sizes are for random access
     else:
         readable = copy.copy(dataset) if isinstance(dataset, ReadableDataset) else ReadableDataset(dataset)
-    template, maker = _like_timms(readable, input_size, sizes, seed, regularization, scaled_decoding, kwargs)
+    template, maker = _like_timms(
+        readable, input_size, sizes, seed, regularization, scaled_decoding, train_pad, kwargs)
     inner: Any = template.loader if isinstance(template, PrefetchLoader) else template
     channels = input_size[0] if isinstance(input_size, (tuple, list)) and len(input_size) == 3 else 3
 
@@ -461,7 +474,7 @@ def _loader_of_groups(dataset: Any, input_size: Any, sizes: Sequence[int], sampl
 
 
 def _like_timms(dataset: Any, input_size: Any, sizes: Sequence[int], seed: int, regularization: SizeRegularization,
-                scaled_decoding: bool, kwargs: Dict[str, Any]) -> Tuple[Any, BatchMaker]:
+                scaled_decoding: bool, train_pad: int, kwargs: Dict[str, Any]) -> Tuple[Any, BatchMaker]:
     """timm's own loader of scheduled sizes, and what makes the batches as its transforms and collation do."""
     device = kwargs.setdefault('device', torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
     if device.type == 'cuda':
@@ -473,10 +486,20 @@ def _like_timms(dataset: Any, input_size: Any, sizes: Sequence[int], seed: int, 
             dataset, input_size, 1, input_size_choices=(size,), num_batches=1,
             **{**kwargs, **scaled, 'is_training': True})
         inner: Any = template.loader if isinstance(template, PrefetchLoader) else template
-        transforms[size] = TensorTransform(inner.dataset.transforms[0])
+        timms = inner.dataset.transforms[0]
+        if train_pad:
+            _pad_crop(timms, train_pad, kwargs)
+        transforms[size] = TensorTransform(timms)
     collate_fn = None if inner.collate_fn is fast_collate else inner.collate_fn
     return template, BatchMaker(transforms, collate_fn, seed,
                                 regularization.set_size if regularization.strength else None, scaled_decoding)
+
+
+def _pad_crop(transform: Any, train_pad: int, kwargs: Dict[str, Any]) -> None:
+    for name in _OF_TIMMS_CROP:
+        if kwargs.get(name):
+            raise ValueError(f'train_pad and {name} exclude each other')
+    pad_crop(transform, train_pad)
 
 
 def _prefetched(template: Any, loader: Any, seed: int, rank: int) -> Any:

@@ -17,6 +17,7 @@ from timm.models import load_state_dict, save_for_hf
 from torch import nn
 
 from ._version import __version__
+from .architectures import default_cfgs
 from .args import ARGS_FILE
 from .bn_stats import BN_STATS_FILE, BatchNormStats, digest, fingerprint, input_size, set_input_size
 from .calibration import calibrated_layers
@@ -326,7 +327,8 @@ class Export:
         if self.args.license == 'unknown':
             print('Its card says that the license is unknown: --license apache-2.0, for one, would state it')
         push = shlex.join(['mixsize', 'hub', 'push', folder, self.args.repo_id or REPO_PLACEHOLDER])
-        print(f'timm.create_model({f"local-dir:{folder}"!r}, pretrained=True) loads it; {push} publishes it')
+        after = ', after import mixsize_timm' if self.model.pretrained_cfg['architecture'] in default_cfgs else ''
+        print(f'timm.create_model({f"local-dir:{folder}"!r}, pretrained=True) loads it{after}; {push} publishes it')
 
 
 def present(folder: str) -> List[str]:

@@ -205,11 +205,13 @@ class EvaluationData:
     def _augmentation(self) -> Dict[str, Any]:
         args = self.args
         own = self.config['interpolation']
+        crop: Dict[str, Any] = dict(train_crop_mode=args.train_crop_mode, scale=args.scale, ratio=args.ratio)
+        if args.train_pad:
+            crop = dict(train_pad=args.train_pad)
         return dict(
-            is_training=True, no_aug=args.no_aug, re_prob=args.reprob, re_mode=args.remode, re_count=args.recount,
-            re_split=args.resplit, train_crop_mode=args.train_crop_mode, scale=args.scale, ratio=args.ratio,
-            hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter,
-            color_jitter_prob=args.color_jitter_prob,
+            **crop, is_training=True, no_aug=args.no_aug, re_prob=args.reprob, re_mode=args.remode,
+            re_count=args.recount, re_split=args.resplit, hflip=args.hflip, vflip=args.vflip,
+            color_jitter=args.color_jitter, color_jitter_prob=args.color_jitter_prob,
             grayscale_prob=args.grayscale_prob, gaussian_blur_prob=args.gaussian_blur_prob, auto_augment=args.aa,
             interpolation=own if args.no_aug else args.train_interpolation or own, worker_seeding=args.worker_seeding)
 

@@ -12,6 +12,7 @@ from timm.layers import convert_splitbn_model
 from timm.models import load_state_dict, parse_model_name
 from torch import nn
 
+from . import architectures  # noqa: F401 - registers them
 from .args import ARGS_FILE, parse_args, read_yaml
 from .bn_stats import BN_STATS_FILE, BatchNormStats, input_size, model_at, set_input_size
 from .calibration import calibrated_layers

@@ -31,6 +31,10 @@ def build_parser() -> argparse.ArgumentParser:
         epilog='Launch with "accelerate launch -m mixsize_timm.train ..." or "python -m mixsize_timm.train ...".')
     parser.add_argument('-c', '--config', default='', metavar='FILE',
                         help='YAML file of arguments that replace the defaults below')
+    parser.add_argument('--recipe', default='', metavar='NAME',
+                        help='packaged recipe whose arguments replace the defaults below; those of --config and of the '
+                             'command line replace its own; "mixsize recipes" lists them (default: digits where there '
+                             'is no data set)')
     for add_group in (_add_mixsize, _add_dataset, _add_model, _add_device, _add_optimizer, _add_schedule,
                       _add_augmentation, _add_loss, _add_distillation, _add_batch_norm, _add_ema, _add_run,
                       _add_trackers, _add_scheduled_sizes, _add_naflex):
@@ -269,6 +273,9 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
                        help='area of the crop (default: 0.08 1)')
     group.add_argument('--ratio', type=float, nargs='+', default=[3 / 4, 4 / 3], metavar='RATIO',
                        help='aspect ratio of the crop (default: 0.75 1.33)')
+    group.add_argument('--train-pad', type=int, default=0, metavar='N',
+                       help='instead, crop the image\'s own size out of it with a black border of N pixels, as is '
+                            'usual for CIFAR with 4, and resize that (default: 0, off)')
     group.add_argument('--hflip', type=float, default=0.5, metavar='P', help='horizontal flips (default: 0.5)')
     group.add_argument('--vflip', type=float, default=0., metavar='P', help='vertical flips (default: 0)')
     group.add_argument('--color-jitter', type=float, default=0.4, metavar='X', help='colour jitter (default: 0.4)')

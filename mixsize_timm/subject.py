@@ -6,7 +6,7 @@ from typing import Any, Dict, Optional, Sequence, Tuple
 from accelerate import Accelerator
 from torch import nn
 
-from .args import make_regime, resolve_precision
+from .args import check_crop, make_regime, resolve_precision
 from .build import create_accelerator
 from .errors import UsageError
 from .loaders import EvaluationData
@@ -23,7 +23,7 @@ TASK_OPTIONS = ('task', 'multilabel_threshold')
 MODEL_OPTIONS = ('num_classes', 'in_chans', 'gp', 'model_kwargs')
 IMAGE_OPTIONS = ('mean', 'std', 'interpolation', 'batch_size', 'workers', 'pin_mem', 'no_prefetcher', 'seed')
 AUGMENTATION_OPTIONS = (
-    'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob',
+    'no_aug', 'train_crop_mode', 'train_pad', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob',
     'grayscale_prob', 'gaussian_blur_prob', 'aa', 'reprob', 'remode', 'recount', 'train_interpolation')
 DEVICE_OPTIONS = ('mixed_precision', 'device', 'amp', 'amp_dtype', 'model_dtype', 'channels_last', 'fast_norm',
                   'local_rank', 'device_modules')
@@ -90,6 +90,7 @@ def _merged(values: Dict[str, Any], given: argparse.Namespace) -> argparse.Names
     args = argparse.Namespace(**{**defaults, 'batch_size': 256, **values,
                                  **{name: value for name, value in vars(given).items() if name in defaults}})
     resolve_precision(args)
+    check_crop(args)
     if args.batch_size < 1 or args.workers < 0:
         raise UsageError('--batch-size must be at least 1' if args.batch_size < 1 else '--workers must not be negative')
     return args

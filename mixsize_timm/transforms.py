@@ -18,6 +18,46 @@ _ON_TENSORS = (
 _INTERPOLATIONS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)  # as PIL has them
 
 
+class RandomPaddedCrop(RandomResizedCropAndInterpolation):
+    """A crop of the image's own size, at random out of the image with a black border around it; then resized.
+
+    It takes the place of timm's random resized crop. The flip comes behind it, as with timm's: a flipped image resized
+    is the resized image flipped.
+
+    Args:
+        crop: timm's.
+        padding: Width of the border, in pixels of the image.
+    """
+
+    def __init__(self, crop: RandomResizedCropAndInterpolation, padding: int) -> None:
+        vars(self).update(vars(crop))
+        self.padding = padding
+
+    def get_params(  # type: ignore[override]  # timm's is static, and has no need of an attribute
+            self, img: Any, scale: Any = None, ratio: Any = None) -> Tuple[int, int, int, int]:
+        """Top, left, height and width of a crop, in pixels of the image: from ``-padding`` to ``padding`` away."""
+        _, height, width = F.get_dimensions(img)
+        top, left = (random.randint(-self.padding, self.padding) for _ in range(2))
+        return top, left, height, width
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}(size={self.size}, padding={self.padding})'
+
+
+def pad_crop(transform: Any, padding: int) -> None:
+    """Put a :class:`RandomPaddedCrop` in the place of the crop of what ``timm.data.create_transform`` made.
+
+    Raises:
+        ValueError: There is no random resized crop, or less than one pixel to pad.
+    """
+    crop = transform.transforms[0] if isinstance(transform, transforms.Compose) else None
+    if not isinstance(crop, RandomResizedCropAndInterpolation):
+        raise ValueError('train_pad takes the place of timm\'s random resized crop, and there is none')
+    if padding < 1:
+        raise ValueError(f'train_pad must be at least 1, not {padding}')
+    transform.transforms[0] = RandomPaddedCrop(crop, padding)
+
+
 class TensorTransform:
     """A training transform that timm made for PIL images, on uint8 tensors.
 
@@ -80,8 +120,8 @@ class TensorTransform:
             left, columns = _scaled(box[1], box[3], pixels.shape[2] / width)
         modes = _modes(self._crop)
         mode = random.choice(modes) if len(modes) > 1 else modes[0]
-        crop = pixels[None, :, top:top + rows, left:left + columns]
-        return interpolate(crop, self._crop.size, mode=mode.value, antialias=True)[0]
+        crop = F.crop(pixels, top, left, rows, columns)  # black where that is outside of the image
+        return interpolate(crop[None], self._crop.size, mode=mode.value, antialias=True)[0]
 
 
 class OnPIL:

@@ -21,6 +21,14 @@ def test_any_argument_overrides_the_recipe():
     assert (args.epochs, args.batch_size, args.hflip, args.num_classes) == (3, 16, 0.5, 10)
 
 
+def test_of_two_crops_the_command_lines_is_taken(tmp_path):
+    assert parse_args(['--train-pad', '4']).scale == [0.08, 1.0]  # not that of the digits
+    config = tmp_path / 'config.yaml'
+    config.write_text('train_pad: 4')
+    args = parse_args(['-c', str(config), '--ratio', '1', '1'])
+    assert args.train_pad == 0 and args.ratio == [1, 1] and parse_args(['-c', str(config)]).train_pad == 4
+
+
 def test_with_data_the_defaults_are_timms():
     for argv in (['--data-dir', 'x'], ['x'], ['--dataset', 'torch/cifar10']):
         args = parse_args(argv)
@@ -105,6 +113,11 @@ def test_batches_suit_the_device_and_the_pairs_of_mixup(asked, mixup, multiple):
     (['--sched', 'plateau', '--sched-on-updates'], 'plateau'),
     (['--mixsize', 'off', '--mixsize-max-work', '1'], 'leave out --mixsize-max-work'),
     (['--lr-base-size', '0'], '--lr-base-size must be at least 1'),
+    (['--train-pad', '-1'], '--train-pad must not be negative'),
+    (['--train-pad', '4', '--scale', '0.5', '1'], '--train-pad and --scale exclude each other'),
+    (['--train-pad', '4', '--train-crop-mode', 'rrc'], '--train-pad and --train-crop-mode exclude each other'),
+    (['--train-pad', '4', '--no-aug'], '--train-pad and --no-aug exclude each other'),
+    (['--train-pad', '4', '--mixsize', 'off'], 'leave it out, or add --fast-loader'),
 ])
 def test_what_cannot_work_is_one_line(argv, message):
     with pytest.raises(UsageError) as error:

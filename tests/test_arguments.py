@@ -209,6 +209,7 @@ def call_of_split(b: Built, number: int) -> dict:
 
 DATA = [
     Row('config', '-c {tmp}/config.yaml', lambda b: max(g['weight_decay'] for g in b.groups), 0.3),
+    Row('recipe', '--recipe imagenet_resnet50_fixed224', lambda b: max(g['weight_decay'] for g in b.groups), 1e-4),
     Row('data', '{folder}', lambda b: class_names(b.data.train), ['cat', 'dog'], base=TINY),
     Row('data_dir', '--data-dir {folder}', lambda b: class_names(b.data.train), ['cat', 'dog'], base=TINY),
     Row('dataset', '--dataset torch/image_folder', lambda b: type(b.data.train.dataset).__name__, 'ImageFolder'),
@@ -367,6 +368,7 @@ AUGMENTATION = [
     Row('train_crop_mode', '--train-crop-mode rkrc', lambda b: type(b.transform()[0]).__name__, 'ResizeKeepRatio'),
     Row('scale', '--scale 0.5 0.9', lambda b: b.transform()[0].scale, (0.5, 0.9)),
     Row('ratio', '--ratio 0.8 1.25', lambda b: b.transform()[0].ratio, (0.8, 1.25)),
+    Row('train_pad', '--train-pad 4', lambda b: b.transform()[0].padding, 4),
     Row('hflip', '--hflip 0.25', lambda b: b.step(transforms.RandomHorizontalFlip).p, 0.25),
     Row('vflip', '--vflip 0.25', lambda b: b.step(transforms.RandomVerticalFlip).p, 0.25),
     Row('color_jitter', '--color-jitter 0.25', lambda b: b.step(transforms.ColorJitter).contrast, (0.75, 1.25)),

@@ -8,7 +8,7 @@ import timm.data
 import torch
 from timm.data import FastCollateMixup, create_dataset
 
-from mixsize_timm.data import MixSizeLoader, create_loader
+from mixsize_timm.data import MixSizeLoader, create_calibration_loader, create_loader
 from mixsize_timm.datasets import BadImagesError, DigitsDataset
 from mixsize_timm.regime import Regime
 
@@ -219,3 +219,64 @@ def test_contradictions_are_named():
         create_loader(DigitsDataset(), (3, 48, 48), 8, True, regime=REGIME)
     with pytest.raises(ValueError, match='batch_size 4 is not the 8'):
         create_loader(DigitsDataset(), 32, 4, True, regime=REGIME)
+
+
+class Framed(torch.utils.data.Dataset):
+    """Grey images of 24 px that know no colour but one, as PIL images, arrays or tensors."""
+    transform = None
+
+    def __init__(self, kind=None):
+        self.kind = kind
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        image = timm.data.dataset.Image.new('RGB', (24, 24), (200, 200, 200))
+        array = np.asarray(image)
+        image = {'array': array, 'tensor': torch.from_numpy(array.copy()).permute(2, 0, 1)}.get(self.kind, image)
+        return (image if self.transform is None else self.transform(image)), index
+
+
+PADDED = dict(scale=None, color_jitter=None, mean=(0, 0, 0), std=(1, 1, 1), train_pad=6)
+
+
+def black_border(images):
+    """Share of black rows and columns of each image, which nothing but the border is."""
+    black = (images < 0.1).all(1).float()
+    return black.mean(2).gt(0.99).float().mean(1), black.mean(1).gt(0.99).float().mean(1)
+
+
+@pytest.mark.parametrize('kind', [None, 'array', 'tensor'])
+def test_crops_are_of_the_padded_image_at_every_size(kind):
+    for images, _ in loader_of(Framed(kind), **PADDED):
+        rows, columns = black_border(images)
+        assert max(rows.max(), columns.max()) <= 0.25 + 1 / images.shape[-1]
+        assert len(set(rows.tolist())) > 1 and len(set(columns.tolist())) > 1
+        assert images.max() == pytest.approx(200 / 255, abs=0.01)
+
+
+def test_calibration_and_timms_own_loader_pad_alike():
+    options = {**OPTIONS, **PADDED}
+    calibration = create_calibration_loader(Framed(), (3, 16, 16), 40, 1, **{**options, 'is_training': True})
+    plain = create_loader(Framed(), (3, 16, 16), 40, **options)
+    for loader in (calibration, plain, create_loader(Framed(), (3, 16, 16), 40, use_prefetcher=False, **options)):
+        (images, _), = loader
+        rows, columns = black_border(images)
+        assert images.shape == (40, 3, 16, 16) and rows.max() > 0.1 and columns.max() > 0.1
+        assert 0.02 < rows.mean() < 0.2  # 6 of 24 pixels at most, on average an eighth
+
+
+def test_workers_change_no_pixel_of_padded_crops(image_folder):
+    dataset = create_dataset('', str(image_folder), 'train')
+    options = dict(PADDED, scaled_decoding=True)
+    assert_same(collect(loader_of(dataset, **options)), collect(loader_of(dataset, num_workers=1, **options)))
+
+
+def test_a_crop_is_padded_or_timms_not_both():
+    for name, value in (('scale', (0.5, 1)), ('ratio', (1, 1)), ('train_crop_mode', 'rrc'), ('no_aug', True)):
+        for regime in (REGIME, None):
+            with pytest.raises(ValueError, match=f'train_pad and {name} exclude each other'):
+                create_loader(Framed(), (3, 32, 32), 8, regime=regime, **{**OPTIONS, **PADDED, name: value})
+    with pytest.raises(ValueError, match='there is none'):
+        create_loader(Framed(), (3, 32, 32), 8, train_pad=4, device=torch.device('cpu'))

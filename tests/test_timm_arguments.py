@@ -130,6 +130,6 @@ def test_every_option_is_in_a_group_with_a_title_of_its_own():
     titles = [group.title for group in parser._action_groups]
     assert all(titles) and len(set(titles)) == len(titles)
     untitled = [action for group in (parser._positionals, parser._optionals) for action in group._group_actions]
-    assert sorted(action.dest for action in untitled) == ['config', 'data', 'help']
+    assert sorted(action.dest for action in untitled) == ['config', 'data', 'help', 'recipe']
     grouped = [action for group in parser._action_groups for action in group._group_actions]
     assert sorted(map(id, grouped)) == sorted(map(id, parser._actions))

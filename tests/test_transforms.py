@@ -1,5 +1,9 @@
 """timm's training transforms on tensors: the same draws, pixels alike, and no transform left out."""
+import io
+import itertools
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,16 +15,21 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
+from torchvision.transforms import functional as F
 
 from mixsize_timm.images import OpenedImage, Picture
 from mixsize_timm.randomness import seed_for
-from mixsize_timm.transforms import OnPIL, TensorTransform
+from mixsize_timm.transforms import OnPIL, TensorTransform, pad_crop
 
 SIZE = 48
+CIFAR = Path(os.environ.get('MIXSIZE_DATA', Path(__file__).parents[2] / 'shared' / 'data')) / 'cifar10'
 
 
-def timms(size=SIZE, **kwargs):
-    return create_transform(size, is_training=True, **{'color_jitter': None, 'use_prefetcher': True, **kwargs})
+def timms(size=SIZE, pad=0, **kwargs):
+    transform = create_transform(size, is_training=True, **{'color_jitter': None, 'use_prefetcher': True, **kwargs})
+    if pad:
+        pad_crop(transform, pad)
+    return transform
 
 
 def both(transform, image, seed):
@@ -37,7 +46,9 @@ def both(transform, image, seed):
     dict(auto_augment='rand-m9-mstd0.5-inc1'), dict(auto_augment='original'), dict(auto_augment='augmix-m3-w2'),
     dict(auto_augment='3a', color_jitter=0.3), dict(grayscale_prob=0.5, gaussian_blur_prob=0.5),
     dict(train_crop_mode='rkrc'), dict(train_crop_mode='rkrr'), dict(no_aug=True), dict(scale=(0.5, 0.9), ratio=(1, 1)),
-    dict(use_prefetcher=False), dict(use_prefetcher=False, re_prob=0.5)], ids=str)
+    dict(use_prefetcher=False), dict(use_prefetcher=False, re_prob=0.5), dict(pad=20, interpolation='random'),
+    dict(pad=20, interpolation='lanczos'), dict(pad=20, vflip=0.5, color_jitter=0.4, auto_augment='3a'),
+    dict(pad=20, use_prefetcher=False)], ids=str)
 def test_seeded_alike_it_draws_what_timms_does(options):
     transform = timms(**options)
     for seed in range(6):
@@ -106,9 +117,10 @@ def test_no_crop_is_enlarged_because_of_a_smaller_scale(width, height, size, see
     assert denominator == 8 or min(rows, columns) < 2 * denominator * size  # as small as may be
 
 
-def test_a_crop_of_a_smaller_scale_is_the_same_crop():
+@pytest.mark.parametrize('pad', [0, 60])
+def test_a_crop_of_a_smaller_scale_is_the_same_crop(pad):
     data = encoded(smooth().resize((600, 404), Image.Resampling.BICUBIC), quality=95)
-    transform = TensorTransform(timms(interpolation='bicubic'))
+    transform = TensorTransform(timms(interpolation='bicubic', pad=pad))
     taken = 0
     for seed in range(20):
         seed_for(seed)
@@ -118,9 +130,48 @@ def test_a_crop_of_a_smaller_scale_is_the_same_crop():
         for scale in (None, denominator):
             seed_for(seed)
             made.append(transform(OpenedImage(data).decode(scale))[:2].float())
-        assert (made[0] - made[1]).abs().mean() < 4
+        assert (made[0] - made[1]).abs().mean() < (6 if pad else 4)  # the edge of the border is a sharp one
     assert taken > 10
 
 
 def test_a_transform_that_does_not_crop_decodes_at_full_scale():
     assert TensorTransform(timms(train_crop_mode='rkrc')).denominator((1000, 1000)) == 1
+
+
+@pytest.fixture(scope='module')
+def cifar_images():
+    if not CIFAR.is_dir():
+        pytest.skip('CIFAR-10 is not part of this repository: set MIXSIZE_DATA to the folder that has cifar10/')
+    parquet = pytest.importorskip('pyarrow.parquet')
+    rows = next(parquet.ParquetFile(next(CIFAR.glob('test-*.parquet'))).iter_batches(2, columns=['image'])).to_pylist()
+    return [Image.open(io.BytesIO(row['image']['bytes'])).convert('RGB') for row in rows]
+
+
+@pytest.mark.parametrize('size', [16, 32, 48])
+def test_padded_crops_of_cifar_are_those_of_torchvision_and_as_frequent(cifar_images, size):
+    """Each of 810 draws is one of the 162 that there are, each of these about five times, by ours and torchvision's."""
+    torch.manual_seed(0)
+    ours = TensorTransform(timms(size, pad=4, interpolation='bicubic'))
+    resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
+    theirs = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), resize])
+    for image in cifar_images:
+        padded = F.pad(image, 4)
+        crops = [F.crop(padded, top, left, 32, 32) for top, left in itertools.product(range(9), repeat=2)]
+        there_are = torch.stack([F.pil_to_tensor(resize(one)).flatten().float()
+                                 for crop in crops for one in (crop, F.hflip(crop))])
+        picture = OpenedImage(image).decode()
+        for draw in (lambda picture=picture: ours(picture), lambda image=image: F.pil_to_tensor(theirs(image))):
+            drawn = torch.stack([draw().flatten().float() for _ in range(810)])
+            distance, nearest = torch.cdist(drawn, there_are).min(1)
+            assert (distance / drawn.shape[1] ** 0.5 < 1).all()  # of 255 grey levels
+            counts = nearest.bincount(minlength=162)
+            assert ((counts - 5.) ** 2 / 5).sum() < 161 + 5 * 322 ** 0.5  # chi squared of 161 degrees of freedom
+
+
+def test_a_padded_crop_needs_one_of_timms_to_take_the_place_of():
+    for transform in (timms(train_crop_mode='rkrc'), timms(no_aug=True), create_transform(SIZE), None):
+        with pytest.raises(ValueError, match='there is none'):
+            pad_crop(transform, 4)
+    with pytest.raises(ValueError, match='must be at least 1'):
+        pad_crop(timms(), -4)
+    assert 'RandomPaddedCrop(size=(48, 48), padding=4)' in repr(timms(pad=4))

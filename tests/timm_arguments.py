@@ -103,6 +103,8 @@ VERDICTS = {
                     ('same', 'for data sets that stream; refused for others, where timm ignores it')),
     **dict.fromkeys(('--opt-eps', '--opt-betas'),
                     ('same', 'refused for an optimizer that has none, where timm ignores it')),
+    **dict.fromkeys(('--no-aug', '--train-crop-mode', '--scale', '--ratio'),
+                    ('same', 'refused beside `--train-pad`, a crop that timm has not')),
     '--mixup-mode': ('same', 'refused with `--naflex-loader`, which mixes by batch'),
     '--multilabel-threshold': ('same', 'refused unless `--task multilabel`'),
     '--log-wandb': ('same', 'through Accelerate\'s trackers'),
