@@ -148,13 +148,19 @@ def _on_tensors(steps: List[Any]) -> List[Callable]:
             continue
         if isinstance(step, MaybeToTensor):
             taken.append(F.convert_image_dtype)  # to float in [0, 1]
-        elif isinstance(step, _ON_TENSORS):
+        elif isinstance(step, _ON_TENSORS) or _changes_no_colour(step):
             taken.append(step)
         elif taken and isinstance(taken[-1], OnPIL):
             taken[-1].steps.append(step)
         else:
             taken.append(OnPIL([step]))
     return taken
+
+
+def _changes_no_colour(step: Any) -> bool:
+    """Whether it is a colour jitter of strength zero, which draws a random number and changes nothing."""
+    return isinstance(step, transforms.ColorJitter) and not any(
+        (step.brightness, step.contrast, step.saturation, step.hue))
 
 
 def _modes(crop: RandomResizedCropAndInterpolation) -> Sequence[InterpolationMode]:

@@ -96,6 +96,19 @@ def test_over_many_draws_crops_flips_and_pixels_have_the_distribution_of_timms()
     assert ((std - our_std).abs() < 4 * error + 1e-3).all()
 
 
+def test_a_colour_jitter_of_strength_zero_costs_no_conversion_and_draws_as_timms_does():
+    jitter = timms(color_jitter=0.)
+    steps = TensorTransform(jitter)._steps
+    assert [type(step) for step in steps] == [transforms.RandomHorizontalFlip, transforms.ColorJitter]
+    pixels = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
+    torch.manual_seed(3)
+    assert torch.equal(steps[1](pixels), pixels)
+    ours = torch.rand(1)
+    torch.manual_seed(3)
+    steps[1](transforms.functional.to_pil_image(pixels))
+    assert torch.equal(ours, torch.rand(1))
+
+
 def test_what_tensors_have_no_version_of_is_done_on_pil_images_and_nothing_else():
     steps = TensorTransform(timms(auto_augment='3a', color_jitter=0.4, grayscale_prob=0.1))._steps
     assert [type(step) for step in steps] == [transforms.RandomHorizontalFlip, OnPIL]
