@@ -300,6 +300,8 @@ def _check_ranges(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f'{flag(name)} must be at least 1, not {value}')
+    if abs(args.mixsize_anneal) > 1:
+        raise UsageError(f'--mixsize-anneal must be from -1 to 1, not {args.mixsize_anneal}')
     for name in ('workers', 'calibrate', 'calibrate_val', 'seed', 'recovery_interval', 'mixsize_reg', 'epoch_repeats',
                  'aug_repeats', 'start_epoch', 'max_nonfinite', 'worker_timeout', 'train_pad'):
         if (getattr(args, name) or 0) < 0:
@@ -332,7 +334,7 @@ def _check_mixsize(args: argparse.Namespace, given: argparse.Namespace) -> None:
         args.mixsize_sizes = args.mixsize_probs = None
     if args.mixsize == 'off':
         for name, default in (('adapt', 'd+'), ('duplicates', 1), ('max_work', None), ('batch_multiple', 1),
-                              ('drop', 'tail'), ('reg', 0)):
+                              ('drop', 'tail'), ('reg', 0), ('anneal', 0)):
             if getattr(given, f'mixsize_{name}') != default:
                 raise UsageError(f'--mixsize off trains one size: leave out --mixsize-{name.replace("_", "-")}')
         _check_loader(args, given)
@@ -463,7 +465,7 @@ def make_regime(args: argparse.Namespace, input_size: Tuple[int, int, int]) -> O
         raise UsageError(f'MixSize trains square images, not {input_size[1]}x{input_size[2]}: use --mixsize off')
     options = dict(
         batch_size=args.batch_size, duplicates=args.mixsize_duplicates, adapt=args.mixsize_adapt,
-        max_work=args.mixsize_max_work,
+        max_work=args.mixsize_max_work, anneal=args.mixsize_anneal, epochs=args.epochs if args.mixsize_anneal else None,
         batch_multiple=math.lcm(args.mixsize_batch_multiple, 2 if mixing(args) else 1))  # timm's mixup wants pairs
     try:
         if mode == 'custom':

@@ -174,7 +174,7 @@ def train_one_epoch(
             norms = _optimizer_step(task, optimizer, accelerator, smoother, clip_grad, clip_mode)
             skipped = accelerator.optimizer_step_was_skipped
             progress.skipped += skipped
-            updates = progress.epoch * plan.num_steps + group.step + 1 - progress.skipped
+            updates = plan.steps_before + group.step + 1 - progress.skipped
             if not skipped:
                 task.update_ema(step=updates)
             if synchronize_step and accelerator.device.type != 'cpu':
@@ -335,7 +335,7 @@ class StepMeter:
         """Hand the trackers the steps that they have not heard of; one wait for the device."""
         if not self.unlogged:
             return
-        last = self.progress.epoch * self.plan.num_steps + self.progress.step  # counted over all epochs
+        last = self.plan.steps_before + self.progress.step  # counted over all epochs
         names = ('step_loss', 'norm', 'smoothed_norm')
         values = torch.stack([torch.stack([x.float() for x in tensors]) for _, tensors in self.unlogged]).tolist()
         for step, ((known, _), measured) in enumerate(zip(self.unlogged, values), last - len(values) + 1):

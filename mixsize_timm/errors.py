@@ -24,8 +24,11 @@ class LocalError(UsageError):
     """One that only this process knows of, so that it is the one to say it."""
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """A run was asked to stop, and can go on: by a signal, such as a scheduler sends, or by Ctrl-C.
+
+    It may come while anything runs, so that like ``KeyboardInterrupt`` it is no ``Exception``: an image that is being
+    read is not broken by it.
 
     Args:
         reason: What asked it, such as ``SIGTERM``.

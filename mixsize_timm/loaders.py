@@ -252,7 +252,7 @@ class Data(EvaluationData):
         self.mean_batch: float = args.batch_size  # per process, what learning rates are scaled to; not MixSize's
         if args.train_img_sizes:
             self.mean_batch = self.loader.batch_sampler.average_batch_size
-        self.num_steps = self.start_epoch(0).num_steps  # of every epoch
+        self.num_steps = self._mean_steps()
 
     def _resolve_config(self, model: Any) -> Dict[str, Any]:
         return resolve_data_config(vars(self.args), model=model)
@@ -270,7 +270,9 @@ class Data(EvaluationData):
     @property
     def num_shapes(self) -> int:
         """Shapes of batch that training has at most."""
-        args, plan = self.args, self.start_epoch(0)
+        args, plan, regime = self.args, self.start_epoch(0), self.regime
+        if regime is not None and regime.anneal:  # the sizes of an epoch are not those of another
+            return len({(size, *regime.group(size)) for size in regime.sizes})
         if args.naflex_loader:  # what is left at the end of an epoch makes a shorter batch
             return 2 * len(args.naflex_train_seq_lens) * len(args.naflex_patch_sizes or (1,))
         return max(len(set(zip(plan.size, plan.batch * plan.duplicates))), len(args.train_img_sizes or ()))
@@ -279,6 +281,18 @@ class Data(EvaluationData):
     def decreasing_metric(self) -> bool:
         """Whether a lower metric is better: one of loss, which it is too where nothing is validated."""
         return self.validation is None or self.args.eval_metric == 'loss'
+
+    def steps_before(self, epoch: int) -> int:
+        """Optimizer steps of all epochs before one."""
+        if isinstance(self.loader, MixSizeLoader):
+            return self.loader.batch_sampler.steps_before(epoch)
+        return epoch * self.num_steps
+
+    def _mean_steps(self) -> int:
+        """Optimizer steps of an epoch: of every one, or of an annealed regime in the mean."""
+        if self.regime is not None and self.regime.anneal:
+            return round(self.steps_before(self.args.epochs) / self.args.epochs)
+        return self.start_epoch(0).num_steps
 
     def start_epoch(self, epoch: int, first_step: int = 0) -> EpochPlan:
         """Turn the training loader to an epoch, and to a step of it if the loader is ours; give its plan."""

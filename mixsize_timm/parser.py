@@ -63,6 +63,10 @@ def _add_mixsize(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--mixsize-drop', choices=DROP_RULES, default='tail',
                        help='what becomes of images that fill no batch of their size: handed to other sizes, or '
                             'dropped as in the paper (default: tail)')
+    group.add_argument('--mixsize-anneal', type=float, default=0., metavar='X',
+                       help='train small images early and large ones late: at 1 the size farthest from the mean has '
+                            'twice its share at one end of the run and none at the other; over the run every size '
+                            'keeps its share; below 0 large ones come first (default: 0, off)')
     group.add_argument('--mixsize-reg', type=float, default=0., metavar='X',
                        help='regularise large images more and small ones less: augmentation magnitude, dropout, '
                             'stochastic depth and mixup are multiplied by 1 + X (size / base size - 1) '

@@ -40,6 +40,10 @@ class Regime:
         adapt: What changes with the size: ``b+`` the batch, ``d+`` the duplicates, ``bd+`` both, ``none`` neither.
         max_work: Lower a size's batch where its step would cost more than this many base steps.
         batch_multiple: Round every batch to a multiple of this.
+        anneal: How far shares move over the run from small sizes to large ones, -1 to 1; at 1 the size farthest from
+            the mean has none at one end of the run and twice its probability at the other. Over the run every size
+            keeps its probability, so the cost of a run stays as it is. Below 0 they move from large to small.
+        epochs: Epochs of the run, which annealing needs.
 
     Raises:
         ValueError: An argument is out of range, or a size's batch rounds to zero.
@@ -52,6 +56,8 @@ class Regime:
     adapt: str = 'd+'
     max_work: Optional[float] = None
     batch_multiple: int = 1
+    anneal: float = 0.
+    epochs: Optional[int] = None
     _groups: Mapping[int, Tuple[int, int]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -61,6 +67,10 @@ class Regime:
             raise ValueError(f'adapt must be one of {", ".join(ADAPT_MODES)}, not {self.adapt!r}')
         if self.max_work is not None and not self.max_work > 0:
             raise ValueError(f'max_work must be positive, not {self.max_work}')
+        if not -1 <= self.anneal <= 1:
+            raise ValueError(f'anneal must be from -1 to 1, not {self.anneal}')
+        if self.anneal and (self.epochs is None or self.epochs < 1):
+            raise ValueError('annealing needs the number of epochs')
         sizes, probs = _normalise(self.sizes, self.probs)
         object.__setattr__(self, 'sizes', sizes)
         object.__setattr__(self, 'probs', probs)
@@ -126,6 +136,19 @@ class Regime:
         """The same regime with sizes moved (old size -> new size); sizes that meet merge their probabilities."""
         merged = merge_sizes(moved, dict(zip(self.sizes, self.probs)))
         return replace(self, sizes=tuple(merged), probs=tuple(merged.values()))
+
+    def at(self, epoch: int) -> 'Regime':
+        """The regime of one epoch: of an annealed one with the shares of then, in which a size may be missing."""
+        if not self.anneal:
+            return self
+        time = min(epoch / (self.epochs - 1), 1.) if self.epochs and self.epochs > 1 else 0.5
+        # in powers of size, and around their mean, so that the shares of an epoch have a sum of one
+        mean = sum(p * math.log(size) for size, p in zip(self.sizes, self.probs))
+        distance = [math.log(size) - mean for size in self.sizes]
+        farthest = max(map(abs, distance)) or 1.
+        probs = tuple(max(0., p * (1 + self.anneal * (2 * time - 1) * d / farthest))
+                      for p, d in zip(self.probs, distance))
+        return replace(self, probs=probs, anneal=0., epochs=None)
 
     def to_dict(self) -> dict:
         """The arguments that make this regime, as plain values for YAML or JSON."""

@@ -43,6 +43,7 @@ class EpochPlan:
             the epoch; or ``None`` where a loader of timm's chooses the images.
         num_images: Images in the data set.
         epoch: Epoch the plan is for.
+        steps_before: Optimizer steps of the epochs before it.
         multiple: A process's share of a batch is a multiple of it.
     """
     size: np.ndarray
@@ -53,6 +54,7 @@ class EpochPlan:
     order: Union[np.ndarray, range, None]
     num_images: int
     epoch: int = 0
+    steps_before: int = 0
     multiple: int = 1
 
     def __len__(self) -> int:
@@ -102,7 +104,7 @@ class EpochPlan:
         ones = np.ones(num_batches, dtype=np.int64)
         index = np.arange(num_batches)
         return cls(ones * size, ones * batch, ones, index // grad_accum_steps, index * batch, None,
-                   num_batches * batch, epoch)
+                   num_batches * batch, epoch, epoch * -(-num_batches // grad_accum_steps))
 
 
 def size_batches(
@@ -110,6 +112,7 @@ def size_batches(
         num_images: int,
         world_size: int = 1,
         drop: str = 'tail',
+        shrink: bool = True,
 ) -> Dict[int, List[int]]:
     """The batches, counted over all ranks, that an epoch trains at each size.
 
@@ -122,6 +125,7 @@ def size_batches(
         num_images: Images in the data set.
         world_size: Processes that share each batch. Batches are multiples of it.
         drop: ``tail`` as above, or ``reference`` for the paper's rule.
+        shrink: Whether a share too small for one batch makes a smaller one, and is not left to the other sizes.
 
     Returns:
         For each size, ascending, its batches; an empty list for a size that gets none.
@@ -136,7 +140,8 @@ def size_batches(
         count = share // full[size]
         batches[size] = [full[size]] * count
         shrunk = share // multiple * multiple
-        if drop == 'tail' and not count and shrunk * regime.group(size)[1] > world_size:  # one image has no variance
+        several = shrunk * regime.group(size)[1] > world_size  # one image has no variance
+        if drop == 'tail' and shrink and several and not count:
             batches[size] = [shrunk]
         left += share - sum(batches[size])
     if drop == 'tail':
@@ -173,7 +178,7 @@ def plan_epoch(
     """Plan one epoch: a fresh partition of the images over the sizes, cut into groups, the steps shuffled.
 
     Args:
-        regime: The regime.
+        regime: The regime; of an annealed one the shares of the epoch count.
         num_images: Images in the data set.
         seed: Seed of the run.
         epoch: Epoch, counted from zero.
@@ -188,7 +193,7 @@ def plan_epoch(
     Raises:
         ValueError: No size gets a step.
     """
-    batches = size_batches(regime, num_images, world_size, drop)
+    batches = _epoch_batches(regime, num_images, world_size, drop, epoch)
     if not any(batches.values()):
         raise ValueError(f'{num_images} images on {world_size} processes make no batch at any size of the regime: '
                          'lower the batch size or add images')
@@ -210,7 +215,24 @@ def plan_epoch(
         duplicates=np.repeat([regime.group(s)[1] for s, _ in shuffled], lengths),
         step=np.repeat(np.arange(len(shuffled)), lengths),
         start=np.cumsum(batch) - batch,
-        order=order, num_images=num_images, epoch=epoch, multiple=regime.batch_multiple)
+        order=order, num_images=num_images, epoch=epoch, multiple=regime.batch_multiple,
+        steps_before=steps_before(epoch, regime, num_images, world_size, grad_accum_steps, drop) if regime.anneal
+        else epoch * len(steps))
+
+
+def steps_before(epoch: int, regime: Regime, num_images: int, world_size: int = 1, grad_accum_steps: int = 1,
+                 drop: str = 'tail') -> int:
+    """Optimizer steps of all epochs before one; arguments as of :func:`plan_epoch`."""
+    def steps(of: int) -> int:
+        batches = _epoch_batches(regime, num_images, world_size, drop, of)
+        return sum(-(-len(of_size) // grad_accum_steps) for of_size in batches.values())
+
+    return sum(map(steps, range(epoch))) if regime.anneal else epoch * steps(0)
+
+
+def _epoch_batches(regime: Regime, num_images: int, world_size: int, drop: str, epoch: int) -> Dict[int, List[int]]:
+    """Batches by size of one epoch. An annealed run may be without a size for an epoch: it has it in others."""
+    return size_batches(regime.at(epoch), num_images, world_size, drop, shrink=not regime.anneal)
 
 
 class MixSizeBatchSampler(Sampler[Group]):
@@ -274,6 +296,11 @@ class MixSizeBatchSampler(Sampler[Group]):
             self._plan = None  # it gives its memory to the next one
             self._plan = plan_epoch(**self._arguments, epoch=self.epoch)
         return self._plan
+
+    def steps_before(self, epoch: int) -> int:
+        """Optimizer steps of all epochs before one."""
+        arguments = {name: value for name, value in self._arguments.items() if name not in ('seed', 'random_access')}
+        return steps_before(epoch, **arguments)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Choose the epoch that the next iteration walks, and the optimizer step that it starts with."""
@@ -352,6 +379,10 @@ def describe_plan(regime: Regime, num_images: int, world_size: int = 1, drop: st
         batch, duplicates = regime.group(size)
         lines.append(f'{size:>5d}  {prob:>5.3f}  {batch * world_size:>6d}  {duplicates:>3d}  {len(batches[size]):>7d}  '
                      f'{sum(batches[size]):>7d}  {regime.relative_work(size):>4.2f}x')
+    if regime.anneal:
+        ends = (', '.join(f'{size}: {prob:.3f}' for size, prob in zip(end.sizes, end.probs))
+                for end in (regime.at(0), regime.at(regime.epochs or 1)))
+        lines.append('annealed: shares of {} in the first epoch, {} in the last; the table is of all'.format(*ends))
     dropped = num_images - sum(map(sum, batches.values()))
     lines.append(f'mean size {regime.mean_size:.1f} px, mean batch {regime.mean_batch * world_size:.1f}, an epoch '
                  f'{regime.relative_cost:.2f}x the pixels of one at {regime.base_size} px; '

@@ -183,7 +183,7 @@ class Training:
 
     def _train(self, epoch: int) -> Dict[str, float]:
         args, accelerator = self.args, self.accelerator
-        plan = self.data.start_epoch(epoch, self.progress.step)
+        plan = self.plan = self.data.start_epoch(epoch, self.progress.step)
         with _compile_limit() if args.torchcompile else nullcontext():
             metrics = train_one_epoch(
                 self.progress, self.task, self.data.loader if self.progress.step < plan.num_steps else (), plan,
@@ -208,7 +208,7 @@ class Training:
 
     def _after_step(self, meter: StepMeter) -> None:
         """Save where it is time to, and stop where it is asked for."""
-        step = self.progress.epoch * self.data.num_steps + self.progress.step
+        step = self.plan.steps_before + self.progress.step
         reason, late = self.stop.agreed(self.interval.minutes_over())
         if not (reason or late or self.interval.step_is_due(step)):
             return
@@ -263,7 +263,7 @@ class Training:
             self._summarize(epoch, train_metrics, eval_metrics, lr)
         self.accelerator.log({
             'epoch': epoch, 'lr': lr, **{f'train_{k}': v for k, v in train_metrics.items()},
-            **{f'eval_{k}': v for k, v in eval_metrics.items()}}, step=(epoch + 1) * self.data.num_steps)
+            **{f'eval_{k}': v for k, v in eval_metrics.items()}}, step=self.plan.steps_before + self.plan.num_steps)
 
         metric = eval_metrics[self.args.eval_metric] if eval_metrics else train_metrics['loss']
         self._step_schedule(epoch + 1, metric)
@@ -372,7 +372,7 @@ class Training:
             print('\nThe final weights on the validation images, accuracies in per cent\n')
             print(format_table(make_curves([checkpoint], args.eval_metric), args.eval_metric))
             print(f'\nThe run is in {self.folder}')
-        log_sizes(self.accelerator, results, self.stop_epoch * self.data.num_steps + 1)
+        log_sizes(self.accelerator, results, self.data.steps_before(self.stop_epoch) + 1)
 
     def measure(self, sizes: Sequence[int], stats: Optional[BatchNormStats] = None) -> List[Dict[str, Any]]:
         """Metrics at each size of the model, or its moving average where that is validated.
@@ -415,7 +415,8 @@ class Training:
         if self.lr_scheduler is None or self.args.sched == 'plateau':
             return
         if self.args.sched_on_updates:
-            self.lr_scheduler.step_update(progress.epoch * self.data.num_steps + progress.step - progress.skipped)
+            updates = self.data.steps_before(progress.epoch) + progress.step - progress.skipped
+            self.lr_scheduler.step_update(updates)
         else:
             self.lr_scheduler.step(progress.epoch)
 
@@ -471,7 +472,7 @@ class Training:
             return
         if self.resumed_from:
             _logger.info('Going on from %s%s', self.resumed_from,
-                         f', after step {self.progress.step} of {self.data.num_steps}' if self.progress.step else '')
+                         f', after step {self.progress.step} of the epoch' if self.progress.step else '')
         _logger.info('Training %s for epochs %d to %d on %d %s of %s, results in %s', self.args.model,
                      self.progress.epoch, self.stop_epoch - 1, self.accelerator.num_processes,
                      'process' if self.accelerator.num_processes == 1 else 'processes',

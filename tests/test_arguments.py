@@ -190,6 +190,8 @@ MIXSIZE = [
         '-b 12 --mixsize-sizes 32'),
     Row('fast_loader', '--fast-loader', lambda b: type(b.data.loader).__name__, 'MixSizeLoader', '--mixsize off'),
     Row('scaled_decoding', '--scaled-decoding', lambda b: b.loader.dataset.maker.scaled_decoding, True),
+    Row('mixsize_anneal', '--mixsize-anneal 1', lambda b: max(b.data.regime.at(0).probs), 1.,
+        '--mixsize-sizes 16 32 --epochs 2'),
     Row('mixsize_reg', '--mixsize-reg 0.5', lambda b: b.step(transforms.ColorJitter, 16).brightness, (0.7, 1.3)),
     Row('mixsize_reg', '--mixsize-reg 0.5', lambda b: (b.loop['set_size'](48), b.layers(DropPath)[-1].drop_prob)[1],
         pytest.approx(0.25), '--drop-path 0.2'),

@@ -11,7 +11,8 @@ import torch
 from PIL import Image, PngImagePlugin
 from torchvision.transforms.functional import pil_to_tensor
 
-from mixsize_timm.datasets import create_dataset
+from mixsize_timm.datasets import ReadableDataset, create_dataset
+from mixsize_timm.errors import Stopped
 
 RED, GREEN, BLUE = (254, 0, 0), (0, 255, 0), (0, 0, 255)
 GREY = (128, 128, 128)
@@ -198,6 +199,15 @@ def test_what_cannot_be_read_is_replaced_and_named(opened, kind, extension, make
     assert tuple(image.pixels[:, 0, 0].tolist()) == BLUE and target == 0
     assert list(bad_images) == [0] and bad_images[0][0].endswith(f'train/cat/a.{extension}')
     assert reason.lower() in bad_images[0][1].lower() and '\n' not in bad_images[0][1]
+
+
+def test_a_signal_is_no_fault_of_the_image_that_is_being_read():
+    class Interrupted(torch.utils.data.Dataset):
+        def __getitem__(self, index):
+            raise Stopped('SIGTERM')
+
+    with pytest.raises(Stopped):
+        ReadableDataset(Interrupted()).read(0)
 
 
 def test_a_broken_link_is_replaced(opened):

@@ -105,6 +105,8 @@ def test_survives_yaml_and_compares():
     (dict(sizes=(32,), duplicates=0), 'duplicates'),
     (dict(sizes=(32,), adapt='c+'), 'adapt must be one of'),
     (dict(sizes=(32,), max_work=0), 'max_work'),
+    (dict(sizes=(32,), anneal=1.5, epochs=3), 'anneal must be from -1 to 1'),
+    (dict(sizes=(32,), anneal=1), 'number of epochs'),
     (dict(sizes=(448,), batch_size=1, adapt='b+'), 'rounds to zero at 448 px'),
 ])
 def test_bad_arguments_are_named(arguments, message):
@@ -148,3 +150,30 @@ def test_zero_probabilities_leave_sizes_out(regime, data):
     assert weighted.sizes == tuple(s for s, w in zip(regime.sizes, weights) if w > 0)
     assert sum(weighted.probs) == pytest.approx(1)
     assert min(weighted.sizes) <= weighted.mean_size + 1e-9 and weighted.mean_size <= max(weighted.sizes) + 1e-9
+
+
+def test_annealing_moves_the_shares_from_small_sizes_to_large_ones():
+    regime = Regime.preset('cifar', 32, anneal=1, epochs=5)
+    first, middle, last = (regime.at(epoch) for epoch in (0, 2, 4))
+    assert first.sizes == (16, 24, 32) or first.probs[-1] < 0.01  # the one that is farthest has next to nothing
+    assert dict(zip(middle.sizes, middle.probs)) == pytest.approx(dict(zip(regime.sizes, regime.probs)))
+    assert first.mean_size < middle.mean_size < last.mean_size
+    assert max(dict(zip(last.sizes, last.probs)).values()) <= 2 * max(regime.probs)
+    assert last == regime.at(99) and Regime.preset('cifar', 32).at(3) == Regime.preset('cifar', 32)
+    backwards = Regime.preset('cifar', 32, anneal=-1, epochs=5)
+    assert backwards.at(0).mean_size == pytest.approx(last.mean_size)
+
+
+@given(regimes, st.floats(-1, 1), st.integers(1, 20), st.data())
+def test_annealed_or_not_every_size_keeps_its_share_of_a_run(regime, anneal, epochs, data):
+    weights = data.draw(st.lists(st.floats(0.01, 1), min_size=len(regime.sizes), max_size=len(regime.sizes)))
+    annealed = Regime(regime.sizes, tuple(weights), regime.base_size, regime.batch_size, regime.duplicates,
+                      regime.adapt, anneal=anneal, epochs=epochs)
+    total = dict.fromkeys(annealed.sizes, 0.)
+    for epoch in range(epochs):
+        at = annealed.at(epoch)
+        assert sum(at.probs) == pytest.approx(1) and not at.anneal
+        for size, prob in zip(at.sizes, at.probs):
+            total[size] += prob / epochs
+            assert at.group(size) == annealed.group(size)
+    assert total == pytest.approx(dict(zip(annealed.sizes, annealed.probs)), abs=1e-6)

@@ -179,6 +179,31 @@ def test_any_plan_is_whole(num_images, world_size, batch_size, adapt, multiple, 
         assert plan.dropped < smallest
 
 
+@settings(deadline=None, max_examples=40)
+@given(num_images=st.integers(300, 3000), anneal=st.floats(-1, 1), epochs=st.integers(1, 7),
+       adapt=st.sampled_from(['b+', 'd+']), accum=st.integers(1, 3), drop=st.sampled_from(['tail', 'reference']))
+def test_the_epochs_of_an_annealed_run_follow_on_each_other(num_images, anneal, epochs, adapt, accum, drop):
+    """A step has one number in the run, however many the epochs before it had."""
+    regime = Regime.preset('cifar', 32, batch_size=16, adapt=adapt, anneal=anneal, epochs=epochs)
+    sampler = MixSizeBatchSampler(num_images, regime, grad_accum_steps=accum, drop=drop)
+    before = 0
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        assert sampler.plan.steps_before == sampler.steps_before(epoch) == before
+        before += sampler.plan.num_steps
+        full = {size: regime.group(size)[0] for size in regime.sizes}
+        if anneal:  # no size is kept with a batch of a few
+            assert all(batch == full[size] for size, batch in zip(sampler.plan.size, sampler.plan.batch))
+    assert sampler.steps_before(epochs) == before
+
+
+def test_an_annealed_run_costs_what_the_run_without_costs():
+    runs = [Regime.preset('s224', 96, batch_size=16, adapt='b+', anneal=anneal, epochs=10) for anneal in (0, 1, -0.5)]
+    flat, *annealed = (sum(int((plan.size**2 * plan.batch * plan.duplicates).sum()) for plan in (
+        plan_epoch(regime, 20_000, epoch=epoch) for epoch in range(10))) for regime in runs)
+    assert annealed == pytest.approx([flat, flat], rel=0.005)
+
+
 @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=9), st.integers(0, 10_000))
 def test_shares_add_up(weights, num_images):
     probs = [w / sum(weights) for w in weights]

@@ -51,8 +51,8 @@ STEP = engine.GradientSmoother, '__call__'  # once in each step
 VALIDATION = train.Training, '_before_batch'  # once before each batch of it
 
 
-@pytest.mark.parametrize('options', [[], ['--no-prefetcher', '--micro-batch-size', 3], ['--grad-accum-steps', 2]],
-                         ids=str)
+@pytest.mark.parametrize('options', [
+    [], ['--no-prefetcher', '--micro-batch-size', 3], ['--grad-accum-steps', 2, '--mixsize-anneal', 1]], ids=str)
 def test_a_stopped_run_goes_on_from_its_step_bit_for_bit(tmp_path, image_folder, monkeypatch, capsys, options):
     assert main(tmp_path, image_folder, 'straight', *options) == 0
     places = [(STEP, 1, signal.SIGTERM, 75), (STEP, 2, signal.SIGINT, 130), (VALIDATION, 2, signal.SIGUSR1, 75)]

@@ -8,13 +8,15 @@ from typing import List, Optional
 
 import torch
 
+from benchmarks.common import usable_cores
+
 from .page import write_page
 from .runs import Machine, run_all
 from .settings import Setting, make_arms
 from .studies import make_studies
 
 PAGE = 'page'
-STUDIES = ('inference', 'accuracy', 'training', 'resilience', 'parts')
+STUDIES = ('inference', 'accuracy', 'training', 'resilience', 'parts', 'beyond')
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -22,8 +24,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog='python -m benchmarks.evidence', description=__doc__.splitlines()[0])
     parser.add_argument('study', nargs='+', choices=(*STUDIES, 'all', PAGE), metavar='STUDY',
                         help=f'{", ".join(STUDIES)}; all of them; or page, which writes docs/results.md')
-    parser.add_argument('--setting', nargs='+', default=Setting.names(), choices=Setting.names(), metavar='NAME',
-                        help=f'{", ".join(Setting.names())} (default: all)')
+    parser.add_argument('--setting', nargs='+', choices=Setting.names(), metavar='NAME',
+                        help=f'{", ".join(Setting.names())} (default: all for the device)')
     parser.add_argument('--arms', nargs='+', metavar='NAME', help='only these arms of the studies')
     parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2, 3], metavar='N', help='(default: 1 2 3)')
     parser.add_argument('--data', default='../shared/data', metavar='DIR', help='folder of the data sets')
@@ -34,10 +36,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('--minutes', type=float, metavar='M',
                         help='stop after so long, saved; the same command goes on')
     args = parser.parse_args(argv)
+    kind = 'cpu' if args.device == 'cpu' else 'gpu'
+    args.setting = args.setting or [name for name in Setting.names() if name.endswith(kind)]
     studies = [name for name in STUDIES if name in args.study or 'all' in args.study]
     if studies and not os.path.isdir(args.data):
         parser.error(f'--data {args.data} is no folder')
-    machine = Machine(args.data, args.work, args.jobs, args.threads or max(1, (os.cpu_count() or 1) // args.jobs),
+    machine = Machine(args.data, args.work, args.jobs, args.threads or max(1, usable_cores() // args.jobs),
                       args.device, time.monotonic() + 60 * args.minutes if args.minutes else None)
     missing = 0
     for setting in map(Setting.read, args.setting if studies else ()):

@@ -3,7 +3,7 @@
 An arm is a way to train. All arms of a setting have its model, data, augmentation, optimizer and schedule; they differ
 in the options named here and in the number of epochs, which follows from the cost that an arm is to have.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -89,22 +89,26 @@ class Arm:
 def make_arms(setting: Setting) -> Dict[str, Arm]:
     """The arms of a setting by name. A cost is in pixels trained, over those of the control."""
     return {CONTROL: Arm(f'fixed {setting.base_size} px', OFF, setting.epochs),
-            **_mixed(setting), **_cheap(setting), **_specialists(setting), **_parts(setting), **_timms(setting)}
+            **_mixed(setting), **_cheap(setting), **_specialists(setting), **_parts(setting), **_timms(setting),
+            **_annealed(setting)}
 
 
-def _mixsize(setting: Setting, title: str, regime: Dict[str, Any], adapt: str, cost: Optional[float] = None,
-             **options: Any) -> Arm:
+def _mixsize(setting: Setting, title: str, options: Dict[str, Any], adapt: str, cost: Optional[float] = None,
+             anneal: float = 0., **others: Any) -> Arm:
     """MixSize for as many epochs as the control, or at a cost."""
-    epochs: float = setting.epochs
+    regime, epochs = setting.regime(options, adapt), setting.epochs
+    others = {**others, 'mixsize_anneal': anneal} if anneal else others
     if cost is not None:
-        epochs *= cost * setting.num_images * setting.base_size**2 / _pixels(setting, setting.regime(regime, adapt))
-    return Arm(title, {**regime, 'mixsize_adapt': adapt, **options}, max(1, round(epochs)))
+        budget = cost * setting.epochs * setting.num_images * setting.base_size**2
+        epochs = max(1, round(budget / _pixels(setting, regime)))
+        epochs = max(1, round(budget / _pixels(setting, replace(regime, anneal=anneal, epochs=epochs))))
+    return Arm(title, {**options, 'mixsize_adapt': adapt, **others}, epochs)
 
 
-def _pixels(setting: Setting, regime: Regime) -> int:
-    """Pixels of an epoch, as it is planned."""
-    plan = plan_epoch(regime, setting.num_images)
-    return int((plan.size**2 * plan.batch * plan.duplicates).sum())
+def _pixels(setting: Setting, regime: Regime) -> float:
+    """Pixels of an epoch as it is planned, the mean over a run."""
+    plans = [plan_epoch(regime, setting.num_images, epoch=epoch) for epoch in range(regime.epochs or 1)]
+    return sum(int((plan.size**2 * plan.batch * plan.duplicates).sum()) for plan in plans) / len(plans)
 
 
 def _mixed(setting: Setting) -> Dict[str, Arm]:
@@ -149,6 +153,17 @@ def _parts(setting: Setting) -> Dict[str, Arm]:
         'dplus-drop': _mixsize(setting, 'MixSize D+ with dropout', setting.paper, 'd+', **drop),
         'dplus-drop-reg': _mixsize(setting, 'MixSize D+ with dropout by size', setting.paper, 'd+', mixsize_reg=1.0,
                                    **drop),
+    }
+
+
+def _annealed(setting: Setting) -> Dict[str, Arm]:
+    """Small images early and large ones late, at the cost of the control."""
+    paper, small = setting.paper, setting.small
+    return {
+        'dplus-equal-anneal': _mixsize(setting, 'MixSize D+, annealed, equal cost', paper, 'd+', 1, anneal=1.),
+        'bplus-anneal': _mixsize(setting, 'MixSize B+, annealed, equal cost', paper, 'b+', 1, anneal=1.),
+        'small-bplus-anneal': _mixsize(setting, 'MixSize B+ of small mean size, annealed, equal cost', small, 'b+', 1,
+                                       anneal=1.),
     }
 
 

@@ -156,6 +156,7 @@ def _parts(setting: Setting, results: Results) -> List[str]:
     return lines
 
 
+_ANNEALED = ('dplus-equal', 'bplus', 'small-bplus')
 _MIXED = ('dplus', 'dplus-equal', 'bplus', 'small-dplus', 'small-bplus')
 
 
@@ -188,4 +189,10 @@ def make_studies(setting: Setting) -> Dict[str, Study]:
             'Differences of top-1 in points, the mean over all sizes, with the standard deviation over the seeds.',
             (CONTROL, 'dplus', 'dplus-rough', 'dplus-equal', 'bplus', 'bplus-rough', 'bplus-over-steps', 'dplus-drop',
              'dplus-drop-reg', 'timm', 'timm-progressive'), _parts),
+        'beyond': Study(
+            'Past the paper',
+            'Annealed regimes, which train small images early and large ones late, beside the same without, at equal '
+            'cost: differences of top-1 in points, the mean over all sizes, and their standard deviation over seeds.',
+            (*_ANNEALED, *(f'{name}-anneal' for name in _ANNEALED)),
+            _differences([(f'{name} annealed', f'{name}-anneal', name) for name in _ANNEALED])),
     }
