@@ -1,6 +1,7 @@
 """The studies of docs/results.md: arms trained and measured, and the page made of what was measured."""
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,7 +21,28 @@ STUDIES = ('inference', 'accuracy', 'training', 'resilience', 'parts', 'beyond')
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run the command; 0, or 3 where runs are still missing."""
+    """Run the command; 0, 2 for what the user can mend, 3 where runs are still missing, 130 after Ctrl-C or SIGTERM."""
+    args = _parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    machine = Machine(args.data, args.work, args.jobs, args.threads or max(1, usable_cores() // args.jobs),
+                      args.device, time.monotonic() + 60 * args.minutes if args.minutes else None)
+    try:
+        missing = sum(run_all(setting, arms, args.seeds, machine) for setting, arms in args.runs)
+    except ValueError as error:
+        print(f'evidence: error: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('\nevidence: stopped; the same command goes on', file=sys.stderr)
+        return 130
+    if missing:
+        print(f'{missing} runs are missing: the same command goes on', flush=True)
+    if PAGE in args.study:
+        write_page()
+    return 3 if missing else 0
+
+
+def _parse(argv: Optional[List[str]]) -> argparse.Namespace:
+    """The arguments, and as ``runs`` the settings with the arms to be run of each."""
     parser = argparse.ArgumentParser(prog='python -m benchmarks.evidence', description=__doc__.splitlines()[0])
     parser.add_argument('study', nargs='+', choices=(*STUDIES, 'all', PAGE), metavar='STUDY',
                         help=f'{", ".join(STUDIES)}; all of them; or page, which writes docs/results.md')
@@ -37,24 +59,18 @@ def main(argv: Optional[List[str]] = None) -> int:
                         help='stop after so long, saved; the same command goes on')
     args = parser.parse_args(argv)
     kind = 'cpu' if args.device == 'cpu' else 'gpu'
-    args.setting = args.setting or [name for name in Setting.names() if name.endswith(kind)]
     studies = [name for name in STUDIES if name in args.study or 'all' in args.study]
     if studies and not os.path.isdir(args.data):
         parser.error(f'--data {args.data} is no folder')
-    machine = Machine(args.data, args.work, args.jobs, args.threads or max(1, usable_cores() // args.jobs),
-                      args.device, time.monotonic() + 60 * args.minutes if args.minutes else None)
-    missing = 0
-    for setting in map(Setting.read, args.setting if studies else ()):
+    args.runs = []
+    for name in (args.setting or [name for name in Setting.names() if name.endswith(kind)]) if studies else ():
+        setting = Setting.read(name)
         arms = make_arms(setting)
         wanted = [arm for arm in arms if any(arm in make_studies(setting)[study].arms for study in studies)]
-        if args.arms and (unknown := sorted(set(args.arms) - set(wanted))):
-            parser.error(f'no arm {unknown[0]} in {" ".join(args.study)}: choose from {", ".join(wanted)}')
-        missing += run_all(setting, {arm: arms[arm] for arm in args.arms or wanted}, args.seeds, machine)
-    if missing:
-        print(f'{missing} runs are missing: the same command goes on', flush=True)
-    if PAGE in args.study:
-        write_page()
-    return 3 if missing else 0
+        if unknown := sorted(set(args.arms or ()) - set(wanted)):
+            parser.error(f'{name} has no arm {unknown[0]} in {" ".join(args.study)}: choose from {", ".join(wanted)}')
+        args.runs.append((setting, {arm: arms[arm] for arm in args.arms or wanted}))
+    return args
 
 
 if __name__ == '__main__':

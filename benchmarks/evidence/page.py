@@ -1,16 +1,16 @@
 """docs/results.md and its plots, made of the results of all runs."""
 from pathlib import Path
 from statistics import mean
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from mixsize_timm.plots import against_gmacs, against_size
-from mixsize_timm.report import compare
+from mixsize_timm.report import Curve
 
 from .runs import RESULTS, read_results
-from .settings import CONTROL, Arm, Setting, make_arms
-from .studies import Results, Study, best_top1, curve_of, make_studies, mean_top1, over_seeds, top1
+from .settings import CONTROL, Setting, make_arms
+from .studies import Results, Study, as_used, curve_of, fewer_operations, make_studies, mean_top1, over_seeds, top1
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'results.md'
@@ -22,9 +22,12 @@ What MixSize gives on real images, beside training at one size and timm's schedu
 one for each run, with its commands, commit, machine and versions.
 [How the studies are made](../benchmarks/evidence/README.md).
 
-Accuracies are top-1 in per cent on images that nothing was chosen by, of the weights at the end of training, with
-batch norm calibrated for the size unless it says otherwise; mean ± standard deviation over the seeds. Costs are over
-those of the control, the model trained at one size; operations are multiply-accumulates.
+Accuracies are top-1 in per cent, mean ± standard deviation over the seeds, of the weights at the end of training. With
+MixSize batch norm is calibrated for each size; a model that was trained at one size, or by timm's scheduled sizes, is
+given the better of calibrated and own statistics at each size. Settings were not chosen on the images that are measured
+on, but best and matching sizes are read off the same means. Costs are over those of the control, the model trained at
+one size: operations are multiply-accumulates, times are of training steps with their loading, on machines that did
+other work beside.
 """
 
 
@@ -61,16 +64,17 @@ def _overview(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> str:
     rows = []
     for name, arm in make_arms(setting).items():
         curve = curve_of(name, results)
-        if curve is None or name.startswith('specialist'):
+        if curve is None:
             continue
-        best, at = over_seeds(results[name], best_top1), curve.sizes[curve.best]
-        answers = compare(curve, control)
-        cheaper = f'{answers["match_size"]} px, {answers["fewer_operations"]:.2f}' if answers['match_size'] else 'none'
-        rows.append([arm.title, best, f'{at} px', over_seeds(results[name], lambda run: top1(run, setting.base_size)),
-                     over_seeds(results[name], mean_top1),
-                     *(f'{answers[f"training_{key}"]:.2f}' for key in ('gmacs', 'seconds')), cheaper])
-    header = ['arm', 'best top-1', 'at', f'top-1 at {setting.base_size} px', 'mean over sizes', 'training operations',
-              'training time', 'smallest size as good as the control\'s best, and times fewer operations']
+        runs, best = [as_used(run) for run in results[name]], curve.sizes[curve.best]
+        match = fewer_operations(curve, control, setting.base_size)
+        rows.append([arm.title, str(len(runs)), over_seeds(runs, lambda run, size=best: top1(run, size)), f'{best} px',
+                     over_seeds(runs, lambda run: top1(run, setting.base_size)), over_seeds(runs, mean_top1),
+                     *(f'{curve.training[key] / control.training[key]:.2f}' for key in ('gmacs', 'seconds')),
+                     f'{match[0]} px, {match[1]:.2f}' if match else 'none'])
+    header = ['arm', 'seeds', 'best top-1', 'at', f'top-1 at {setting.base_size} px', 'mean over sizes',
+              'operations of training', 'time of training',
+              'smallest size as good as the control\'s best, and times fewer operations']
     return '\n'.join([f'## {setting.title}\n', *_table(header, rows), '', *_plots(setting, results)])
 
 
@@ -92,24 +96,28 @@ def _plots(setting: Setting, results: Results) -> List[str]:
 def _section(setting: Setting, study: Study, found: Dict[str, List[Dict[str, Any]]]) -> str:
     """The answers of a study for a setting, and the accuracies that they come from."""
     arms, results = make_arms(setting), _whole(found)
+    control = curve_of(CONTROL, results)
     rows, notes = [], []
     for name in study.arms:
-        rows += _rows(arms[name], results[name], setting.sizes)
+        rows += _rows(results[name], control, setting.sizes)
         failed = [run for run in found[name] if 'failed' in run]
         if failed:
             notes.append(f'{arms[name].title}: {len(failed)} of {len(found[name])} runs failed: {failed[0]["failed"]}')
-        if not found[name]:
-            notes.append(f'{arms[name].title}: not run.')
+    missing = [arms[name].title for name in study.arms if not found[name]]
+    if missing:
+        notes.append(f'Not run: {"; ".join(missing)}.')
     lines = [f'- {line}' for line in (*study.answer(setting, results), *notes)]
-    header = ['arm', 'epochs', 'seeds', 'statistics', *(f'{size} px' for size in setting.sizes)]
+    header = ['arm', 'epochs', 'cost', 'seeds', 'statistics', *(f'{size} px' for size in setting.sizes)]
     return '\n'.join([f'### {setting.title}\n', *lines, '', *(_table(header, rows) if rows else ()), ''])
 
 
-def _rows(arm: Arm, runs: Sequence[Dict[str, Any]], sizes: Sequence[int]) -> List[List[str]]:
+def _rows(runs: Sequence[Dict[str, Any]], control: Optional[Curve], sizes: Sequence[int]) -> List[List[str]]:
     rows = []
     for key, kind in (('top1', 'calibrated'), ('top1_uncalibrated', 'own')) if runs else ():
         cells = [over_seeds(runs, lambda run, size=size, key=key: top1(run, size, key)) for size in sizes]
-        rows.append([arm.title, str(arm.epochs), str(len(runs)), kind, *cells])
+        cost = mean(run['training']['gmacs'] for run in runs) / control.training['gmacs'] if control else None
+        rows.append([runs[0]['title'], str(runs[0]['options']['epochs']), f'{cost:.2f}' if cost else '-',
+                     str(len(runs)), kind, *cells])
     return rows
 
 
@@ -124,7 +132,7 @@ def _provenance(settings: Sequence[Setting], found: Dict[str, Dict[str, List[Dic
         whole = [run for run in runs if 'failed' not in run]
         places = sorted({f'{run["machine"]}, {run["device"]}, {run["threads"]} thread{"s" * (run["threads"] > 1)}, '
                          f'{run["precision"]}; {run["versions"]}' for run in whole})
-        commits = sorted({str(run['commit'])[:10] for run in runs})
+        commits = sorted({str(run['commit']) for run in runs})
         seconds = mean(run['training']['seconds'] for run in whole) if whole else 0
         lines.append(f'- {setting.title}: {len(runs)} runs, {len(runs) - len(whole)} failed, '
                      f'{min(run["date"] for run in runs)} to {max(run["date"] for run in runs)}, {seconds:.0f} s of '

@@ -1,15 +1,18 @@
 """Arms trained and measured, each with each seed once; what was begun goes on, what is there is not done again."""
+import fcntl
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 from benchmarks.common import HERE as BENCHMARKS
 from benchmarks.common import commit
@@ -39,11 +42,48 @@ class Machine:
     threads: int
     device: str
     deadline: Optional[float]
+    _processes: List[subprocess.Popen] = field(default_factory=list, repr=False)
+    _stopped: threading.Event = field(default_factory=threading.Event, repr=False)
 
     @property
     def over(self) -> bool:
         """Whether it is time to stop."""
-        return self.deadline is not None and time.monotonic() > self.deadline
+        return self._stopped.is_set() or (self.deadline is not None and time.monotonic() > self.deadline)
+
+    def stop(self) -> None:
+        """Ask all that runs to save and end."""
+        self._stopped.set()
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+
+    def call(self, command: List[str], log: Path, kept_open: int) -> int:
+        """Run a command until it ends or the time is over.
+
+        Args:
+            command: Its words.
+            log: File that its output is added to.
+            kept_open: A file that it inherits: what is locked stays so until it has ended.
+
+        Returns:
+            Its exit code.
+        """
+        environment = {**os.environ, 'OMP_NUM_THREADS': str(self.threads)}
+        with open(log, 'a', encoding='utf-8') as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment,
+                                       pass_fds=(kept_open,))
+            self._processes.append(process)
+            if self._stopped.is_set():  # between the look at it and the start
+                self.stop()
+            try:
+                return process.wait(None if self.deadline is None else max(0., self.deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGTERM)
+            try:
+                return process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return process.wait()
 
 
 def result_file(setting: Setting, arm: str, seed: int) -> Path:
@@ -63,56 +103,84 @@ def run_all(setting: Setting, arms: Dict[str, Arm], seeds: List[int], machine: M
 
     Returns:
         How many are still missing.
+
+    Raises:
+        ValueError: A result that is there was made by other commands than its arm has now.
     """
-    missing = [(name, seed) for seed in seeds for name in arms if not result_file(setting, name, seed).exists()]
-    print(f'{setting.name}: {len(arms) * len(seeds) - len(missing)} of {len(arms) * len(seeds)} runs are there',
-          flush=True)
+    wanted = [(name, seed) for seed in seeds for name in arms]
+    missing = [(name, seed) for name, seed in wanted if not result_file(setting, name, seed).exists()]
+    for name, seed in set(wanted) - set(missing):
+        _check(setting, name, arms[name], seed)
+    print(f'{setting.name}: {len(wanted) - len(missing)} of {len(wanted)} runs are there', flush=True)
     with ThreadPoolExecutor(machine.jobs) as pool:
         runs = [pool.submit(_run, setting, name, arms[name], seed, machine) for name, seed in missing]
         try:
             return [run.result() for run in runs].count(False)
-        except BaseException:  # Ctrl-C reaches what is running too, and it saves
+        except BaseException:
+            machine.stop()
             pool.shutdown(cancel_futures=True)
             raise
 
 
+def _check(setting: Setting, name: str, arm: Arm, seed: int) -> None:
+    path = result_file(setting, name, seed)
+    trained = json.loads(path.read_text(encoding='utf-8'))['options']
+    if trained != training_options(setting, arm):
+        raise ValueError(f'{path} was made with other options than the arm has now: remove it to run the arm again')
+
+
 def _run(setting: Setting, name: str, arm: Arm, seed: int, machine: Machine) -> bool:
     """Train and measure; whether a result was written, be it that the training failed."""
-    if machine.over:
-        return False
     folder = machine.work / setting.name / f'{name}-{seed}'
-    train = training_command(setting, name, arm, seed, machine)
-    code = 0
-    if not (folder / 'finished').exists():
-        code = _call(train, folder.with_suffix('.log'), machine)
-    if code in (INTERRUPTED, STOPPED) or machine.over:
-        return False
-    if code:
-        failure = folder.with_suffix('.log').read_text(encoding='utf-8').strip().splitlines()[-1:]
-        _write(setting, name, arm, seed, {'commands': [_typed(train)], 'failed': ' '.join(failure)})
-        return True
-    (folder / 'finished').touch()
-    evaluate = evaluation_command(setting, folder, machine)
-    code = _call(evaluate, folder.with_suffix('.evaluation.log'), machine)
-    if code:
-        if not machine.over:
-            print(f'{setting.name} {name} {seed}: the evaluation failed: see {folder}.evaluation.log', flush=True)
-        return False
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.with_suffix('.lock')) as lock:
+        if lock is None:
+            print(f'{folder} is in use by another process', flush=True)
+        if lock is None or machine.over:
+            return False
+        origin = {'commit': commit(), 'date': time.strftime('%Y-%m-%d')}
+        train = training_command(setting, name, arm, seed, machine)
+        log = folder.with_suffix('.log')
+        code = 0 if (folder / 'finished').exists() else machine.call(train, log, lock)
+        if code in (INTERRUPTED, STOPPED) or code < 0 or code > 128 or machine.over:  # by a signal: it goes on
+            return False
+        if code:
+            last = ' '.join(log.read_text(encoding='utf-8').strip().splitlines()[-1:])
+            _write(setting, name, arm, seed, {**origin, 'commands': [_typed(train)], 'code': code, 'failed': last})
+            return True
+        (folder / 'finished').touch()
+        evaluate = evaluation_command(setting, folder, machine)
+        if machine.call(evaluate, folder.with_suffix('.evaluation.log'), lock):
+            if not machine.over:
+                print(f'{folder}: the evaluation failed: see {folder.with_suffix(".evaluation.log")}', flush=True)
+            return False
     report = json.loads((folder / 'evaluation' / 'sizes.json').read_text(encoding='utf-8'))
     measured = report['checkpoints'][0]
     place = {key: value for key, value in report['settings'].items() if key != 'command'}
     _write(setting, name, arm, seed, {
-        'commands': [_typed(train), _typed(evaluate)], **place, 'threads': machine.threads, 'jobs': machine.jobs,
-        **{key: measured[key] for key in ('model', 'num_params', 'calibrated', 'training')},
+        'commands': [_typed(train), _typed(evaluate)], **place, **origin, 'threads': machine.threads,
+        'jobs': machine.jobs, **{key: measured[key] for key in ('model', 'num_params', 'calibrated', 'training')},
         'results': measured['results']})
     return True
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[Optional[int]]:
+    """A lock that a child keeps which inherits it; ``None`` where another process has it."""
+    with open(path, 'w', encoding='utf-8') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield None
+        else:
+            yield file.fileno()
 
 
 def _write(setting: Setting, name: str, arm: Arm, seed: int, result: Dict[str, Any]) -> None:
     path = result_file(setting, name, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    document = {'setting': setting.name, 'arm': name, 'title': arm.title, 'seed': seed, 'epochs': arm.epochs,
-                'commit': commit(), 'date': time.strftime('%Y-%m-%d'), **result}
+    document = {'setting': setting.name, 'arm': name, 'title': arm.title, 'seed': seed,
+                'options': training_options(setting, arm), **result}
     temporary = path.with_suffix('.new')
     temporary.write_text(json.dumps(document, indent=1) + '\n', encoding='utf-8')
     temporary.replace(path)
@@ -120,22 +188,26 @@ def _write(setting: Setting, name: str, arm: Arm, seed: int, result: Dict[str, A
     print(f'{setting.name} {name} {seed}: {result.get("failed") or f"best top-1 {best:.2f}"}', flush=True)
 
 
+def training_options(setting: Setting, arm: Arm) -> Dict[str, Any]:
+    """The arguments of training that make an arm what it is."""
+    return {'model': setting.model, 'model_kwargs': setting.model_kwargs, 'img_size': setting.base_size,
+            'batch_size': setting.batch_size, **setting.arguments, **arm.options, 'epochs': arm.epochs,
+            'warmup_epochs': round(setting.warmup * arm.epochs)}
+
+
 def training_command(setting: Setting, name: str, arm: Arm, seed: int, machine: Machine) -> List[str]:
     """The command of a training, which goes on where one was begun."""
-    options: Dict[str, Any] = {
-        'dataset': f'hfds/{machine.data}/{setting.data}', 'img_size': setting.base_size,
-        'batch_size': setting.batch_size, **setting.arguments, **arm.options, 'epochs': arm.epochs,
-        'val_split': '', 'calibrate': 0, 'seed': seed, 'device': machine.device,
-        'output': machine.work / setting.name, 'experiment': f'{name}-{seed}', 'resume': 'auto'}
-    return [sys.executable, '-m', 'mixsize_timm.train', *to_words(options)]
+    return [sys.executable, '-m', 'mixsize_timm.train', *to_words({
+        'dataset': f'hfds/{machine.data}/{setting.data}', **training_options(setting, arm), 'val_split': '',
+        'calibrate': 0, 'seed': seed, 'device': machine.device, 'output': machine.work / setting.name,
+        'experiment': f'{name}-{seed}', 'resume': 'auto'})]
 
 
 def evaluation_command(setting: Setting, folder: Path, machine: Machine) -> List[str]:
     """The command that measures the final weights at all sizes, calibrated and not."""
-    return [sys.executable, '-m', 'mixsize_timm.evaluate', str(folder / 'last'), '--no-speed',
-            *to_words({'val_split': setting.test_split, 'calibrate': setting.calibrate, 'sizes': setting.sizes,
-                       'device': machine.device,
-                       'output': folder / 'evaluation', 'overwrite': True})]
+    return [sys.executable, '-m', 'mixsize_timm.evaluate', str(folder / 'last'), '--no-speed', *to_words({
+        'val_split': setting.test_split, 'calibrate': setting.calibrate, 'sizes': setting.sizes,
+        'device': machine.device, 'output': folder / 'evaluation', 'overwrite': True})]
 
 
 def to_words(options: Dict[str, Any]) -> List[str]:
@@ -143,32 +215,18 @@ def to_words(options: Dict[str, Any]) -> List[str]:
     words: List[str] = []
     for name, value in options.items():
         option = '--' + name.replace('_', '-')
-        if value is False and name == 'grad_smoothing':
-            words.append('--no-grad-smoothing')
+        if name == 'grad_smoothing':
+            words += [] if value else ['--no-grad-smoothing']
+        elif isinstance(value, bool):
+            words += [option] if value else []
         elif isinstance(value, dict):
-            words += [option, *(f'{key}={item}' for key, item in value.items())]
+            words += [option, *(f'{key}={item}' for key, item in value.items())] if value else []
         elif isinstance(value, list):
             words += [option, *map(str, value)]
-        elif value is True:
-            words.append(option)
-        elif value is not False and value is not None:
+        else:
             words += [option, str(value)]
     return words
 
 
 def _typed(command: List[str]) -> str:
     return shlex.join(['python', *command[1:]])
-
-
-def _call(command: List[str], log: Path, machine: Machine) -> int:
-    """Run a command until it ends or the time is over; its exit code."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, 'OMP_NUM_THREADS': str(machine.threads)}
-    with open(log, 'a', encoding='utf-8') as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-        try:
-            left = None if machine.deadline is None else max(0., machine.deadline - time.monotonic())
-            return process.wait(left)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)  # it saves where it is
-            return process.wait(STOP_SECONDS)

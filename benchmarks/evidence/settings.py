@@ -1,16 +1,21 @@
 """What is trained: the settings of a data set and a machine, and the arms that are compared under them.
 
-An arm is a way to train. All arms of a setting have its model, data, augmentation, optimizer and schedule; they differ
-in the options named here and in the number of epochs, which follows from the cost that an arm is to have.
+An arm is a way to train. All arms of a setting have its model, data, augmentation, optimizer and kind of schedule; they
+differ in the options named here and in the number of epochs, which follows from the cost that an arm is to have: its
+operations of training over those of the control.
 """
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
+import timm
 import yaml
 
+import mixsize_timm.architectures  # noqa: F401  # the networks for CIFAR
+from mixsize_timm.measure import count_gmacs
 from mixsize_timm.regime import Regime
-from mixsize_timm.sampler import plan_epoch
+from mixsize_timm.sampler import EpochPlan, plan_epoch
 
 HERE = Path(__file__).resolve().parent
 CONTROL = 'fixed'
@@ -30,13 +35,16 @@ class Setting:
         base_size: Image size of the control, in pixels.
         batch_size: Its batch.
         epochs: Its epochs.
+        warmup: Share of its epochs that every arm warms up for, to whole epochs.
         sizes: Image sizes that every run is measured at.
         specialists: Sizes besides the base size that a fixed-size model is trained at.
         paper: Options of the paper's regime of a mean size near the base size.
-        small: Options of the paper's regime of a small mean size.
+        small: Options of the paper's regime of a small mean size, or one made after it.
         calibrate: Batches that batch norm is calibrated on for each size.
         test_split: Split that every run is measured on, once.
-        arguments: Arguments of training that all arms have.
+        model: Name of the timm model.
+        model_kwargs: Its arguments.
+        arguments: Further arguments of training that all arms have.
     """
     name: str
     title: str
@@ -45,12 +53,15 @@ class Setting:
     base_size: int
     batch_size: int
     epochs: int
+    warmup: float
     sizes: List[int]
     specialists: List[int]
     paper: Dict[str, Any]
     small: Dict[str, Any]
     calibrate: int
     test_split: str
+    model: str
+    model_kwargs: Dict[str, Any]
     arguments: Dict[str, Any]
 
     @classmethod
@@ -71,6 +82,26 @@ class Setting:
             return Regime(tuple(options['mixsize_sizes']), tuple(options['mixsize_probs']), **common)
         return Regime.preset(options['mixsize'], **common)
 
+    def gmacs(self, size: int) -> float:
+        """Billions of multiply-accumulates of a forward pass of one image."""
+        return _gmacs(self.model, yaml.safe_dump(self.model_kwargs), size)
+
+    def plan_gmacs(self, plan: EpochPlan) -> float:
+        """Those of all images of an epoch."""
+        images = plan.batch * plan.duplicates
+        return sum(int(images[plan.size == size].sum()) * self.gmacs(size) for size in set(plan.size.tolist()))
+
+    @property
+    def budget(self) -> float:
+        """Those of all images of the control."""
+        steps = self.num_images // self.batch_size  # timm drops the last batch
+        return self.epochs * steps * self.batch_size * self.gmacs(self.base_size)
+
+
+@lru_cache(None)
+def _gmacs(model: str, model_kwargs: str, size: int) -> float:
+    return count_gmacs(timm.create_model(model, **yaml.safe_load(model_kwargs)), (3, size, size))
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -87,7 +118,7 @@ class Arm:
 
 
 def make_arms(setting: Setting) -> Dict[str, Arm]:
-    """The arms of a setting by name. A cost is in pixels trained, over those of the control."""
+    """The arms of a setting by name."""
     return {CONTROL: Arm(f'fixed {setting.base_size} px', OFF, setting.epochs),
             **_mixed(setting), **_cheap(setting), **_specialists(setting), **_parts(setting), **_timms(setting),
             **_annealed(setting)}
@@ -95,20 +126,21 @@ def make_arms(setting: Setting) -> Dict[str, Arm]:
 
 def _mixsize(setting: Setting, title: str, options: Dict[str, Any], adapt: str, cost: Optional[float] = None,
              anneal: float = 0., **others: Any) -> Arm:
-    """MixSize for as many epochs as the control, or at a cost."""
+    """MixSize for as many epochs as the control, or at a cost, to half an epoch; at less than its cost, no more."""
     regime, epochs = setting.regime(options, adapt), setting.epochs
     others = {**others, 'mixsize_anneal': anneal} if anneal else others
     if cost is not None:
-        budget = cost * setting.epochs * setting.num_images * setting.base_size**2
-        epochs = max(1, round(budget / _pixels(setting, regime)))
-        epochs = max(1, round(budget / _pixels(setting, replace(regime, anneal=anneal, epochs=epochs))))
+        for _ in range(2):  # the number of epochs has a say in what an annealed one costs
+            exact = cost * setting.budget / _epoch_gmacs(setting, replace(regime, anneal=anneal, epochs=epochs))
+            epochs = max(1, int(exact) if cost < 1 else round(exact))
     return Arm(title, {**options, 'mixsize_adapt': adapt, **others}, epochs)
 
 
-def _pixels(setting: Setting, regime: Regime) -> float:
-    """Pixels of an epoch as it is planned, the mean over a run."""
-    plans = [plan_epoch(regime, setting.num_images, epoch=epoch) for epoch in range(regime.epochs or 1)]
-    return sum(int((plan.size**2 * plan.batch * plan.duplicates).sum()) for plan in plans) / len(plans)
+def _epoch_gmacs(setting: Setting, regime: Regime) -> float:
+    """Operations of an epoch as it is planned, the mean over a run."""
+    epochs = range(regime.epochs or 1) if regime.anneal else range(1)
+    plans = (plan_epoch(regime, setting.num_images, epoch=epoch) for epoch in epochs)
+    return sum(map(setting.plan_gmacs, plans)) / len(epochs)
 
 
 def _mixed(setting: Setting) -> Dict[str, Arm]:
@@ -127,17 +159,16 @@ def _cheap(setting: Setting) -> Dict[str, Arm]:
         'small-bplus-cheap': _mixsize(setting, f'MixSize B+ of small mean size, {CHEAP} of the cost', setting.small,
                                       'b+', CHEAP),
         'fixed-cheap': Arm(f'fixed {setting.base_size} px, {CHEAP} of the cost', OFF,
-                           max(1, round(CHEAP * setting.epochs))),
+                           max(1, int(CHEAP * setting.epochs))),
     }
 
 
 def _specialists(setting: Setting) -> Dict[str, Arm]:
-    """Fixed sizes at equal cost: as many more epochs as the pixels of an image are fewer."""
+    """Fixed sizes at equal cost: as many more epochs as an image takes fewer operations."""
     arms = {}
     for size in setting.specialists:
-        scale = (setting.base_size / size) ** 2
-        arms[f'specialist-{size}'] = Arm(
-            f'fixed {size} px, equal cost', {**OFF, 'img_size': size}, max(1, round(scale * setting.epochs)))
+        epochs = round(setting.epochs * setting.gmacs(setting.base_size) / setting.gmacs(size))
+        arms[f'specialist-{size}'] = Arm(f'fixed {size} px, equal cost', {**OFF, 'img_size': size}, max(1, epochs))
     return arms
 
 
@@ -168,13 +199,21 @@ def _annealed(setting: Setting) -> Dict[str, Arm]:
 
 
 def _timms(setting: Setting) -> Dict[str, Arm]:
-    """timm's scheduled sizes, the batch of each as B+ has it: a step costs one of the control's."""
+    """timm's scheduled sizes, the batch of each as B+ has it, at equal cost."""
     regime = setting.regime(setting.paper, 'b+')
-    sizes = {'mixsize': 'off', 'grad_smoothing': False, 'train_img_sizes': list(regime.sizes),
-             'train_batch_sizes': [regime.group(size)[0] for size in regime.sizes],
-             'train_batches_per_epoch': setting.num_images // setting.batch_size}
+    batches = [regime.group(size)[0] for size in regime.sizes]
+    options = {'mixsize': 'off', 'grad_smoothing': False, 'train_img_sizes': list(regime.sizes),
+               'train_batch_sizes': batches}
+
+    def steps(shares: Sequence[float]) -> int:
+        step = sum(share * batch * setting.gmacs(size) for share, batch, size in zip(shares, batches, regime.sizes))
+        return round(setting.budget / setting.epochs / step)
+
+    even = [1 / len(batches)] * len(batches)  # in the mean, a progressive schedule is at all sizes alike
     return {
-        'timm': Arm('timm, scheduled sizes', {**sizes, 'train_size_probs': list(regime.probs)}, setting.epochs),
-        'timm-progressive': Arm('timm, progressive sizes', {**sizes, 'train_size_schedule': 'progressive'},
-                                setting.epochs),
+        'timm': Arm('timm, scheduled sizes, equal cost', {
+            **options, 'train_size_probs': list(regime.probs), 'train_batches_per_epoch': steps(regime.probs)},
+            setting.epochs),
+        'timm-progressive': Arm('timm, progressive sizes, equal cost', {
+            **options, 'train_size_schedule': 'progressive', 'train_batches_per_epoch': steps(even)}, setting.epochs),
     }
