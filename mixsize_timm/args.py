@@ -47,7 +47,7 @@ def parse_args(argv: Optional[List[str]] = None, *, recipe_without_data: bool = 
     resume = _resume_from(*(getattr(given, name) or configured.get(name) or ''
                             for name in ('resume', 'output', 'experiment')))
     layers: List[Dict[str, Any]] = [configured]
-    name = str(given.recipe or configured.get('recipe') or '')
+    name = _recipe_of(given, configured)
     if os.path.isdir(resume):
         resumed = read_yaml(os.path.join(run_folder(resume), ARGS_FILE))
         begun_with = resumed.get('recipe') or ''
@@ -68,7 +68,7 @@ def parse_args(argv: Optional[List[str]] = None, *, recipe_without_data: bool = 
     args = parser.parse_args(argv)
     args.resume = resume
     args.resume_auto = given.resume == 'auto' or (not given.resume and configured.get('resume') == 'auto')
-    _drop_optimizer(args, recipe)
+    _adapt_recipe(args, recipe, stated_here | configured.keys())
     _resolve(args, given)
     if recipe and recipe_without_data and not args.data_dir and args.dataset.partition('/')[0] in ('', 'torch'):
         raise UsageError(f'the recipe {name} needs a data set: name its folder with --data-dir')
@@ -96,12 +96,34 @@ def output_folder(output: str, experiment: str) -> str:
     return os.path.join(output or os.path.join('output', 'train'), experiment)
 
 
-def _drop_optimizer(args: argparse.Namespace, recipe: Dict[str, Any]) -> None:
-    """Leave out what the recipe says of its optimizer where another one is asked for."""
+def _recipe_of(given: argparse.Namespace, configured: Dict[str, Any]) -> str:
+    """Name of the recipe that is asked for, on the command line or in a configuration; empty for none."""
+    named = str(configured.get('recipe') or '')
+    if given.recipe and named not in ('', given.recipe):
+        raise UsageError(f'{given.config} is for the recipe {named}, not {given.recipe}: leave out --recipe')
+    if vars(given).keys() - configured.keys() <= {'resume_auto'}:  # a run's args.yaml holds all that its recipe said
+        return given.recipe
+    return given.recipe or named
+
+
+def _adapt_recipe(args: argparse.Namespace, recipe: Dict[str, Any], stated: Set[str]) -> None:
+    """Leave out what the recipe says for its optimizer and its loader where others are asked for.
+
+    Args:
+        args: The arguments of all layers.
+        recipe: The lowest layer.
+        stated: Names of those that the layers above it state.
+    """
+    others: Tuple[str, ...] = ()
     if args.opt != recipe.get('opt', args.opt):
-        for name in ('opt_eps', 'opt_betas', 'opt_kwargs'):
-            if name in recipe and getattr(args, name) == recipe[name]:
-                setattr(args, name, build_parser().get_default(name))
+        others += ('opt_eps', 'opt_betas', 'opt_kwargs')
+    if args.mixsize != 'off':
+        others += ('fast_loader',)  # MixSize has that loader anyway
+    elif recipe.get('mixsize', 'off') != 'off' and recipe.get('mixsize_duplicates', 1) != 1:
+        raise UsageError(f'the recipe {recipe["recipe"]} repeats images as MixSize does: it is not for --mixsize off')
+    for name in others:
+        if name in recipe and name not in stated:
+            setattr(args, name, build_parser().get_default(name))
 
 
 def read_yaml(path: str) -> Dict[str, Any]:

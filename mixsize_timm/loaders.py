@@ -2,6 +2,7 @@
 import argparse
 import copy
 import logging
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any, Dict, Optional, Tuple
 
@@ -78,7 +79,9 @@ class EvaluationData:
     def open(self, *, train: bool, validation: bool) -> None:
         """Open the training images, which calibration needs too, and the validation images."""
         args = self.args
-        with refusing():
+        # one process of a machine fetches what is not there
+        alone = self.accelerator.local_main_process_first() if args.dataset_download else nullcontext()
+        with refusing(), alone:
             if train:
                 self.train = self._create_dataset(args.train_split, True)
             if validation:

@@ -193,7 +193,7 @@ def plan_epoch(
     Raises:
         ValueError: No size gets a step.
     """
-    batches = _epoch_batches(regime, num_images, world_size, drop, epoch)
+    batches = epoch_batches(regime, num_images, world_size, drop, epoch)
     if not any(batches.values()):
         raise ValueError(f'{num_images} images on {world_size} processes make no batch at any size of the regime: '
                          'lower the batch size or add images')
@@ -224,14 +224,15 @@ def steps_before(epoch: int, regime: Regime, num_images: int, world_size: int = 
                  drop: str = 'tail') -> int:
     """Optimizer steps of all epochs before one; arguments as of :func:`plan_epoch`."""
     def steps(of: int) -> int:
-        batches = _epoch_batches(regime, num_images, world_size, drop, of)
+        batches = epoch_batches(regime, num_images, world_size, drop, of)
         return sum(-(-len(of_size) // grad_accum_steps) for of_size in batches.values())
 
     return sum(map(steps, range(epoch))) if regime.anneal else epoch * steps(0)
 
 
-def _epoch_batches(regime: Regime, num_images: int, world_size: int, drop: str, epoch: int) -> Dict[int, List[int]]:
-    """Batches by size of one epoch. An annealed run may be without a size for an epoch: it has it in others."""
+def epoch_batches(regime: Regime, num_images: int, world_size: int = 1, drop: str = 'tail', epoch: int = 0
+                  ) -> Dict[int, List[int]]:
+    """:func:`size_batches` of one epoch. An annealed run may be without a size for an epoch: it has it in others."""
     return size_batches(regime.at(epoch), num_images, world_size, drop, shrink=not regime.anneal)
 
 

@@ -83,8 +83,10 @@ def test_arms_of_equal_cost_take_as_many_operations_as_the_control(evidence, tmp
                 epochs = [steps * setting.batch_size * setting.gmacs(args.img_size)] * arm.epochs
             else:
                 regime = make_regime(args, (3, args.img_size, args.img_size))
-                plans = [plan_epoch(regime, setting.num_images, epoch=epoch) for epoch in range(arm.epochs)]
-                epochs = [setting.plan_gmacs(plan) for plan in plans]
+                epochs = [setting.epoch_gmacs(regime, epoch) for epoch in range(arm.epochs)]
+                plan = plan_epoch(regime, setting.num_images, epoch=arm.epochs - 1)
+                assert epochs[-1] == pytest.approx(sum(setting.gmacs(size) * images for size, images in zip(
+                    plan.size.tolist(), (plan.batch * plan.duplicates).tolist())))
             assert len(epochs) == args.epochs
             if 'equal cost' in arm.title:
                 assert abs(sum(epochs) - setting.budget) <= 0.55 * max(epochs), (setting.name, name)

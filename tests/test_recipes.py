@@ -226,7 +226,27 @@ def test_another_optimizer_leaves_the_recipes_settings_of_its_own():
     argv = ['--recipe', 'imagenet_efficientnet_b0_s224_dplus', '--data-dir', 'x']
     assert parse_args(argv).opt_eps == 0.001
     assert parse_args([*argv, '--opt', 'sgd']).opt_eps is None
-    assert parse_args([*argv, '--opt', 'adamw', '--opt-eps', '1e-6']).opt_eps == 1e-6
+    assert parse_args([*argv, '--opt', 'adamw', '--opt-eps', '0.001']).opt_eps == 0.001
+
+
+def test_a_baseline_becomes_mixsize_and_mixsize_off_keeps_no_repetition(tmp_path):
+    data = ['--data-dir', 'x']
+    assert parse_args(['--recipe', 'finetune_fixed', *data]).fast_loader
+    mixed = parse_args(['--recipe', 'finetune_fixed', *data, '--mixsize', 's224'])
+    assert (mixed.mixsize, mixed.fast_loader) == ('s224', False)
+    with pytest.raises(UsageError, match='not for --mixsize off'):
+        parse_args(['--recipe', 'imagenet_resnet50_a1_s224_bplus', *data, '--mixsize', 'off'])
+
+
+def test_a_file_of_another_recipe_is_refused_and_one_of_a_whole_run_needs_none(tmp_path):
+    short, whole = tmp_path / 'short.yaml', tmp_path / 'whole.yaml'
+    short.write_text('recipe: cifar_resnet44_dplus')
+    with pytest.raises(UsageError, match='is for the recipe cifar_resnet44_dplus, not finetune_dplus'):
+        parse_args(['--recipe', 'finetune_dplus', '-c', str(short), '--data-dir', 'x'])
+    args = vars(parse_args(['--recipe', 'cifar_resnet44_dplus', '--data-dir', 'x']))
+    args.pop('resume_auto')
+    whole.write_text(yaml.safe_dump({**args, 'recipe': 'one_of_the_past', 'resume': ''}))
+    assert parse_args(['-c', str(whole)]).model == 'resnet44_cifar'
 
 
 def test_a_run_of_a_recipe_keeps_all_that_repeats_it_and_is_resumed_without_it(tmp_path):

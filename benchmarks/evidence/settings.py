@@ -15,7 +15,7 @@ import yaml
 import mixsize_timm.architectures  # noqa: F401  # the networks for CIFAR
 from mixsize_timm.measure import count_gmacs
 from mixsize_timm.regime import Regime
-from mixsize_timm.sampler import EpochPlan, plan_epoch
+from mixsize_timm.sampler import epoch_batches
 
 HERE = Path(__file__).resolve().parent
 CONTROL = 'fixed'
@@ -86,10 +86,10 @@ class Setting:
         """Billions of multiply-accumulates of a forward pass of one image."""
         return _gmacs(self.model, yaml.safe_dump(self.model_kwargs), size)
 
-    def plan_gmacs(self, plan: EpochPlan) -> float:
-        """Those of all images of an epoch."""
-        images = plan.batch * plan.duplicates
-        return sum(int(images[plan.size == size].sum()) * self.gmacs(size) for size in set(plan.size.tolist()))
+    def epoch_gmacs(self, regime: Regime, epoch: int = 0) -> float:
+        """Those of all images of an epoch of a regime."""
+        batches = epoch_batches(regime, self.num_images, epoch=epoch)
+        return sum(sum(of_size) * regime.group(size)[1] * self.gmacs(size) for size, of_size in batches.items())
 
     @property
     def budget(self) -> float:
@@ -131,16 +131,15 @@ def _mixsize(setting: Setting, title: str, options: Dict[str, Any], adapt: str, 
     others = {**others, 'mixsize_anneal': anneal} if anneal else others
     if cost is not None:
         for _ in range(2):  # the number of epochs has a say in what an annealed one costs
-            exact = cost * setting.budget / _epoch_gmacs(setting, replace(regime, anneal=anneal, epochs=epochs))
+            exact = cost * setting.budget / _mean_gmacs(setting, replace(regime, anneal=anneal, epochs=epochs))
             epochs = max(1, int(exact) if cost < 1 else round(exact))
     return Arm(title, {**options, 'mixsize_adapt': adapt, **others}, epochs)
 
 
-def _epoch_gmacs(setting: Setting, regime: Regime) -> float:
+def _mean_gmacs(setting: Setting, regime: Regime) -> float:
     """Operations of an epoch as it is planned, the mean over a run."""
     epochs = range(regime.epochs or 1) if regime.anneal else range(1)
-    plans = (plan_epoch(regime, setting.num_images, epoch=epoch) for epoch in epochs)
-    return sum(map(setting.plan_gmacs, plans)) / len(epochs)
+    return sum(setting.epoch_gmacs(regime, epoch) for epoch in epochs) / len(epochs)
 
 
 def _mixed(setting: Setting) -> Dict[str, Arm]:
