@@ -111,7 +111,9 @@ def _set_backend(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if accelerator.device.type == 'cpu':
         if args.sync_bn and accelerator.num_processes > 1:
             raise UsageError('--sync-bn needs GPUs: leave it out on the CPU')
-        if os.environ.get('OMP_NUM_THREADS', '1') == '1':
+        # launchers set one thread for each process where nobody says how many; a plain python does not
+        launched = 'ACCELERATE_MIXED_PRECISION' in os.environ or 'TORCHELASTIC_RUN_ID' in os.environ
+        if launched and os.environ.get('OMP_NUM_THREADS', '1') == '1':
             cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     elif accelerator.device.type == 'cuda':
