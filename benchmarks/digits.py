@@ -4,7 +4,7 @@ The first arm is the README's first command; the others are timm's own loaders w
 at 16, 24, 32 and 48 px, with its own running statistics and with calibrated ones. Prints a table, and adds to a JSON
 file after each run, so that it can be stopped and continued.
 
-    python benchmarks/digits.py --seeds 42 43 44 --json benchmarks/results/digits-resnet50-cpu.json
+    python benchmarks/digits.py --json benchmarks/results/digits-resnet50-cpu.json --plot docs/digits.png
 """
 import argparse
 import json
@@ -23,7 +23,10 @@ import torch
 
 from mixsize_timm.args import make_regime, parse_args
 from mixsize_timm.datasets import DigitsDataset
+from mixsize_timm.measure import count_gmacs
+from mixsize_timm.plots import save_against_size
 from mixsize_timm.regime import Regime
+from mixsize_timm.report import make_curves
 from mixsize_timm.sampler import plan_epoch
 from mixsize_timm.train import Training
 
@@ -36,6 +39,7 @@ TIMM_ARMS = {
     'timm, scheduled sizes, twice the epochs': [*OFF, '--epochs', '14'],
 }
 ARMS = (MIXSIZE, *TIMM_ARMS)
+PLOTTED = (MIXSIZE, 'timm, fixed 32 px', 'timm, scheduled sizes')
 
 
 def scheduled_loader(training: Training) -> Any:
@@ -109,11 +113,21 @@ def table(runs: List[Dict[str, Any]]) -> str:
     return '\n'.join(lines)
 
 
+def plot(runs: List[Dict[str, Any]], path: str) -> None:
+    """Accuracy against image size, calibrated and not, the mean over the seeds between the lowest and the highest."""
+    model = timm.create_model(runs[0]['model'], num_classes=10)
+    gmacs = {size: count_gmacs(model, (3, size, size)) for size in SIZES}
+    save_against_size(path, make_curves([
+        {'name': run['arm'], 'calibrated': 1,
+         'results': [{**row, 'gmacs': gmacs[row['img_size']]} for row in run['results']]} for run in runs]), 'top-1')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', default='resnet50')
     parser.add_argument('--seeds', type=int, nargs='+', default=[42, 43, 44])
     parser.add_argument('--arms', nargs='+', default=ARMS, choices=ARMS)
+    parser.add_argument('--plot', metavar='FILE', help='file of a plot')
     parser.add_argument('--json', required=True, help='file to add the runs to; what stands in it is not run again')
     args = parser.parse_args()
     document: Dict[str, Any] = {'runs': []}
@@ -133,7 +147,10 @@ def main() -> None:
             document['runs'].append({'arm': arm, 'model': args.model, 'seed': seed, **run})
             with open(args.json, 'w') as file:
                 json.dump(document, file, indent=1)
-    print(table([run for run in document['runs'] if run['model'] == args.model]))
+    runs = [run for run in document['runs'] if run['model'] == args.model]
+    print(table(runs))
+    if args.plot:
+        plot([run for run in runs if run['arm'] in PLOTTED], args.plot)
 
 
 if __name__ == '__main__':

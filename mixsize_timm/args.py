@@ -302,6 +302,8 @@ def _check(args: argparse.Namespace, given: argparse.Namespace) -> None:
             if getattr(given, dependent) != parser.get_default(dependent) and not (
                     getattr(args, name) or getattr(given, name)):
                 raise UsageError(f'{flag(dependent)} needs {flag(name)}')
+    if args.dataset.startswith('torch/') and not args.data_dir:
+        raise UsageError(f'--dataset {args.dataset} needs --data-dir, the folder that it is in or downloaded to')
     if args.dataset == DIGITS and args.data_dir:
         raise UsageError(f'the digits are embedded: leave out {args.data_dir}, or say what it is with --dataset')
     _check_mixsize(args, given)

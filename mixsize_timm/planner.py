@@ -35,7 +35,7 @@ from .models import create_model
 from .parser import Parser
 from .provenance import environment
 from .regime import Regime
-from .sampler import EpochPlan, describe_plan, size_batches
+from .sampler import EpochPlan, describe_annealing, describe_plan, size_batches
 from .smoothing import GradientSmoother
 
 TOLERANCE = 1.01  # a step of so many base steps is not said to cost more: batches are whole numbers
@@ -448,7 +448,7 @@ class Planner:
             'steps': cost.num_steps, 'fixed_steps': fixed.num_steps, 'left_out': cost.left_out,
             'relative_pixels': cost.pixels / fixed.pixels, 'relative_gmacs': cost.epoch_gmacs / fixed.epoch_gmacs,
             'training_gmacs': 3 * cost.epoch_gmacs * self.num_epochs, 'sizes': rows,
-            'memory': self._describe_memory(memory), 'warnings': warnings,
+            'memory': self._describe_memory(memory), 'warnings': warnings, 'annealed': describe_annealing(regime),
             'costly': cost.costly, 'cure': self._cure() if cost.costly else None,
             'multiples': self._multiples() if self.data.regime else [],
             'settings': {'command': self.given.command, **environment(self.accelerator)}}
@@ -566,6 +566,7 @@ def _format_sizes(plan: Dict[str, Any]) -> List[str]:
     return [*_table(rows), '',
             'batch: of all processes; steps: of an epoch; GMACs: of an image, forward; memory: of a process, in GB',
             f'pixels, work: the pixels and GMACs of a step over those of one at {plan["base_size"]} px',
+            *plan['annealed'],
             *([f'ms: of a step; time: that over one at {plan["base_size"]} px; images/s: of all processes']
               if timed else [])]
 

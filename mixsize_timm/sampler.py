@@ -362,6 +362,15 @@ class DealtBatchSampler(Sampler[Group]):
         return len(self.groups)
 
 
+def describe_annealing(regime: Regime) -> List[str]:
+    """A line on the shares at both ends of a run; none where they stay."""
+    if not regime.anneal:
+        return []
+    ends = (', '.join(f'{size}: {prob:.3f}' for size, prob in zip(end.sizes, end.probs))
+            for end in (regime.at(0), regime.at(regime.epochs or 1)))
+    return ['annealed: shares of {} in the first epoch, {} in the last; the table is of all'.format(*ends)]
+
+
 def describe_plan(regime: Regime, num_images: int, world_size: int = 1, drop: str = 'tail') -> Tuple[str, List[str]]:
     """What a regime makes of a data set: a table of the sizes, and what the user should be warned of.
 
@@ -380,10 +389,7 @@ def describe_plan(regime: Regime, num_images: int, world_size: int = 1, drop: st
         batch, duplicates = regime.group(size)
         lines.append(f'{size:>5d}  {prob:>5.3f}  {batch * world_size:>6d}  {duplicates:>3d}  {len(batches[size]):>7d}  '
                      f'{sum(batches[size]):>7d}  {regime.relative_work(size):>4.2f}x')
-    if regime.anneal:
-        ends = (', '.join(f'{size}: {prob:.3f}' for size, prob in zip(end.sizes, end.probs))
-                for end in (regime.at(0), regime.at(regime.epochs or 1)))
-        lines.append('annealed: shares of {} in the first epoch, {} in the last; the table is of all'.format(*ends))
+    lines += describe_annealing(regime)
     dropped = num_images - sum(map(sum, batches.values()))
     lines.append(f'mean size {regime.mean_size:.1f} px, mean batch {regime.mean_batch * world_size:.1f}, an epoch '
                  f'{regime.relative_cost:.2f}x the pixels of one at {regime.base_size} px; '

@@ -16,6 +16,7 @@ from mixsize_timm.checkpoint import take_snapshot, write_snapshot
 from mixsize_timm.sizes import SizeProbe
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # s that torch waits for each worker of a loader that failed
 
 
 @pytest.fixture(autouse=True)

@@ -30,12 +30,14 @@ def test_of_two_crops_the_command_lines_is_taken(tmp_path):
 
 
 def test_with_data_the_defaults_are_timms():
-    for argv in (['--data-dir', 'x'], ['x'], ['--dataset', 'torch/cifar10']):
+    for argv in (['--data-dir', 'x'], ['x'], ['--dataset', 'hfds/x']):
         args = parse_args(argv)
         assert (args.epochs, args.batch_size, args.img_size, args.opt) == (300, 128, None, 'sgd')
     assert parse_args(['x']).data_dir == 'x'
     with pytest.raises(UsageError, match='the digits are embedded'):
         parse_args(['x', '--dataset', 'digits'])
+    with pytest.raises(UsageError, match='--dataset torch/cifar10 needs --data-dir'):
+        parse_args(['--dataset', 'torch/cifar10'])
 
 
 def test_a_configuration_file_is_under_the_command_line(tmp_path):

@@ -252,7 +252,6 @@ def test_the_page_has_every_number_with_its_arm(evidence, tmp_path, monkeypatch)
     page, runs, settings = evidence('page'), evidence('runs'), evidence('settings')
     setting = all_settings(evidence)[0]
     monkeypatch.setattr(runs, 'RESULTS', tmp_path / 'results')
-    monkeypatch.setattr(page, 'RESULTS', tmp_path / 'results')
     monkeypatch.setattr(page, 'ROOT', tmp_path)
     monkeypatch.setattr(page, 'PAGE', tmp_path / 'results.md')
     monkeypatch.setattr(page, 'PLOTS', tmp_path / 'plots')

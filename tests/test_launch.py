@@ -264,3 +264,19 @@ def test_what_a_sharded_model_cannot_do_is_refused(argv, fsdp2, message):
     processes.check_sharding(arguments('--opt', 'adamw'), SimpleNamespace(is_fsdp2=True))
     with pytest.raises(UsageError, match=message):
         processes.check_sharding(arguments(*argv), accelerator)
+
+
+@pytest.mark.parametrize('variables, threads', [
+    ({'OMP_NUM_THREADS': '1'}, None), ({}, None), ({'OMP_NUM_THREADS': '3', 'ACCELERATE_MIXED_PRECISION': 'no'}, None),
+    ({'OMP_NUM_THREADS': '1', 'ACCELERATE_MIXED_PRECISION': 'no'}, 6), ({'TORCHELASTIC_RUN_ID': 'x'}, 6),
+    ({'OMP_NUM_THREADS': '1', 'TORCHELASTIC_RUN_ID': 'x', 'LOCAL_WORLD_SIZE': '2'}, 3)], ids=str)
+def test_the_one_thread_of_a_launcher_becomes_the_cores_and_that_of_a_user_stays(monkeypatch, variables, threads):
+    for name in ('OMP_NUM_THREADS', 'TORCHELASTIC_RUN_ID', 'LOCAL_WORLD_SIZE'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    asked = []
+    monkeypatch.setattr(torch, 'set_num_threads', asked.append)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(6), raising=False)
+    build._set_backend(parse_args(['--device', 'cpu']), SimpleNamespace(device=torch.device('cpu'), num_processes=1))
+    assert asked == ([threads] if threads else [])

@@ -122,8 +122,9 @@ def test_the_largest_base_batch_is_the_largest(regime, whatever, per_pixel, limi
 
 
 def test_a_small_batch_is_planned_where_max_work_would_leave_nothing(capsys):
-    options = ['-b', '1', '--mixsize-sizes', '32', '48', '--mixsize-adapt', 'none']
+    options = ['-b', '1', '--mixsize-sizes', '32', '48', '--mixsize-adapt', 'none', '--mixsize-anneal', '1']
     out = run(capsys, *TINY, *options, '--num-images', '1000')
+    assert 'annealed: shares of 32: ' in out
     assert 'leaves no image of a size: raise the batch size' in out and 'with --mixsize-max-work 1: ' in out
 
 

@@ -11,6 +11,7 @@ from mixsize_timm.sampler import (
     DealtBatchSampler,
     EpochPlan,
     MixSizeBatchSampler,
+    describe_annealing,
     describe_plan,
     image_shares,
     plan_epoch,
@@ -228,3 +229,13 @@ def test_dealt_batches_are_the_same_for_any_number_of_processes(num_images, batc
     assert len(one[-1]) in range(2, batch_size + 2) or num_images == 1  # no image is alone
     assert num_batches is not None or len(images) == num_images
     assert len(one) == min(num_batches or num_images, max(1, (num_images + batch_size - 2) // batch_size))
+
+
+def test_an_annealed_regime_says_where_it_begins_and_ends():
+    regime = Regime.preset('cifar', 32, batch_size=16, anneal=1, epochs=4)
+    line, = describe_annealing(regime)
+    assert line in describe_plan(regime, 1000)[0]
+    first, last = (', '.join(f'{size}: {prob:.3f}' for size, prob in zip(at.sizes, at.probs))
+                   for at in (regime.at(0), regime.at(3)))
+    assert f'shares of {first} in the first epoch, {last} in the last' in line
+    assert describe_annealing(Regime.preset('cifar', 32)) == []

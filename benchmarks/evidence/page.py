@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from mixsize_timm.plots import against_gmacs, against_size
 from mixsize_timm.report import Curve
 
-from .runs import RESULTS, read_results
+from .runs import read_results
 from .settings import CONTROL, Setting, make_arms
 from .studies import Results, Study, as_used, curve_of, fewer_operations, make_studies, mean_top1, over_seeds, top1
 
@@ -33,8 +33,8 @@ other work beside.
 
 def write_page() -> None:
     """Write the page and the plots."""
-    settings = [setting for setting in map(Setting.read, Setting.names()) if (RESULTS / setting.name).is_dir()]
-    found = {setting.name: _read(setting) for setting in settings}
+    found = {name: _read(Setting.read(name)) for name in Setting.names()}
+    settings = [Setting.read(name) for name, results in found.items() if any(results.values())]
     parts = [HEAD]
     for setting in settings:
         parts.append(_overview(setting, found[setting.name]))
