@@ -70,8 +70,10 @@ def parse_args(argv: Optional[List[str]] = None, *, recipe_without_data: bool = 
     args.resume_auto = given.resume == 'auto' or (not given.resume and configured.get('resume') == 'auto')
     _adapt_recipe(args, recipe, stated_here | configured.keys())
     _resolve(args, given)
-    if recipe and recipe_without_data and not args.data_dir and args.dataset.partition('/')[0] in ('', 'torch'):
-        raise UsageError(f'the recipe {name} needs a data set: name its folder with --data-dir')
+    if recipe_without_data and not args.data_dir and args.dataset.partition('/')[0] in ('', 'torch'):
+        what = f'the recipe {name} needs a data set: name its folder' if recipe else (
+            f'--dataset {args.dataset} is in a folder, or downloaded to one: name it')
+        raise UsageError(f'{what} with --data-dir')
     _check(args, given)
     return args
 
@@ -302,8 +304,6 @@ def _check(args: argparse.Namespace, given: argparse.Namespace) -> None:
             if getattr(given, dependent) != parser.get_default(dependent) and not (
                     getattr(args, name) or getattr(given, name)):
                 raise UsageError(f'{flag(dependent)} needs {flag(name)}')
-    if args.dataset.startswith('torch/') and not args.data_dir:
-        raise UsageError(f'--dataset {args.dataset} needs --data-dir, the folder that it is in or downloaded to')
     if args.dataset == DIGITS and args.data_dir:
         raise UsageError(f'the digits are embedded: leave out {args.data_dir}, or say what it is with --dataset')
     _check_mixsize(args, given)

@@ -36,7 +36,7 @@ def test_with_data_the_defaults_are_timms():
     assert parse_args(['x']).data_dir == 'x'
     with pytest.raises(UsageError, match='the digits are embedded'):
         parse_args(['x', '--dataset', 'digits'])
-    with pytest.raises(UsageError, match='--dataset torch/cifar10 needs --data-dir'):
+    with pytest.raises(UsageError, match='--dataset torch/cifar10 is in a folder.* name it with --data-dir'):
         parse_args(['--dataset', 'torch/cifar10'])
 
 

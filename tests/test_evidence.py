@@ -272,6 +272,7 @@ def test_the_page_has_every_number_with_its_arm(evidence, tmp_path, monkeypatch)
     page.write_page()
     text = (tmp_path / 'results.md').read_text(encoding='utf-8')
     assert '62.75 ± 0.71' in text and '1 of 1 runs failed: no memory' in text and '0123456789abcdef' in text
+    assert '**Not finished:** 5 of ' in text
     assert 'Not run: ' in text and 'a machine, cpu' in text
     assert {path.name for path in (tmp_path / 'plots').iterdir()} == {
         f'{setting.name}-size.png', f'{setting.name}-gmacs.png'}

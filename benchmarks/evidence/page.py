@@ -10,7 +10,18 @@ from mixsize_timm.report import Curve
 
 from .runs import read_results
 from .settings import CONTROL, Setting, make_arms
-from .studies import Results, Study, as_used, curve_of, fewer_operations, make_studies, mean_top1, over_seeds, top1
+from .studies import (
+    SEEDS,
+    Results,
+    Study,
+    as_used,
+    curve_of,
+    fewer_operations,
+    make_studies,
+    mean_top1,
+    over_seeds,
+    top1,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'results.md'
@@ -75,7 +86,9 @@ def _overview(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> str:
     header = ['arm', 'seeds', 'best top-1', 'at', f'top-1 at {setting.base_size} px', 'mean over sizes',
               'operations of training', 'time of training',
               'smallest size as good as the control\'s best, and times fewer operations']
-    return '\n'.join([f'## {setting.title}\n', *_table(header, rows), '', *_plots(setting, results)])
+    made, wanted = sum(map(len, found.values())), SEEDS * len(found)
+    unfinished = [f'**Not finished:** {made} of {wanted} runs have been made.\n'] if made < wanted else []
+    return '\n'.join([f'## {setting.title}\n', *unfinished, *_table(header, rows), '', *_plots(setting, results)])
 
 
 def _plots(setting: Setting, results: Results) -> List[str]:
