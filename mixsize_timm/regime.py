@@ -142,7 +142,7 @@ class Regime:
         if not self.anneal:
             return self
         time = min(epoch / (self.epochs - 1), 1.) if self.epochs and self.epochs > 1 else 0.5
-        # in powers of size, and around their mean, so that the shares of an epoch have a sum of one
+        # from the mean, so that the shares of an epoch have a sum of one; of logarithms, for sizes are ratios
         mean = sum(p * math.log(size) for size, p in zip(self.sizes, self.probs))
         distance = [math.log(size) - mean for size in self.sizes]
         farthest = max(map(abs, distance)) or 1.

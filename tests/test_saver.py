@@ -209,7 +209,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     assert position_of(str(tmp_path / 'recovery-0-1')) == (0, 1)
 
 
-@pytest.mark.skipif(not os.path.isdir('/proc/self/task'), reason='threads are counted as Linux lists them')
+@pytest.mark.skipif(not os.path.isdir('/proc/self/task'), reason=(
+    'this system does not list the threads of a process as Linux does; what the thread writes is tested everywhere'))
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_writing_starts_no_threads_of_torch_that_would_slow_down_the_steps_beside_it(tmp_path, dtype):
     before = torch.get_num_threads()
