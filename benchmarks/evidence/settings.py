@@ -121,7 +121,7 @@ def make_arms(setting: Setting) -> Dict[str, Arm]:
     """The arms of a setting by name."""
     return {CONTROL: Arm(f'fixed {setting.base_size} px', OFF, setting.epochs),
             **_mixed(setting), **_cheap(setting), **_specialists(setting), **_parts(setting), **_timms(setting),
-            **_annealed(setting)}
+            **_beyond(setting)}
 
 
 def _mixsize(setting: Setting, title: str, options: Dict[str, Any], adapt: str, cost: Optional[float] = None,
@@ -186,14 +186,17 @@ def _parts(setting: Setting) -> Dict[str, Arm]:
     }
 
 
-def _annealed(setting: Setting) -> Dict[str, Arm]:
-    """Small images early and large ones late, at the cost of the control."""
+def _beyond(setting: Setting) -> Dict[str, Arm]:
+    """Small images early and large ones late, or small batches of small images, at the cost of the control."""
     paper, small = setting.paper, setting.small
     return {
         'dplus-equal-anneal': _mixsize(setting, 'MixSize D+, annealed, equal cost', paper, 'd+', 1, anneal=1.),
         'bplus-anneal': _mixsize(setting, 'MixSize B+, annealed, equal cost', paper, 'b+', 1, anneal=1.),
         'small-bplus-anneal': _mixsize(setting, 'MixSize B+ of small mean size, annealed, equal cost', small, 'b+', 1,
                                        anneal=1.),
+        'small-dplus-anneal': _mixsize(setting, 'MixSize D+ of small mean size, annealed, equal cost', small, 'd+', 1,
+                                       anneal=1.),
+        'small-none': _mixsize(setting, 'MixSize of small mean size, one batch size, equal cost', small, 'none', 1),
     }
 
 

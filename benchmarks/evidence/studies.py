@@ -178,7 +178,7 @@ def _parts(setting: Setting, results: Results) -> List[str]:
     return lines
 
 
-_ANNEALED = ('dplus-equal', 'bplus', 'small-bplus')
+_ANNEALED = ('dplus-equal', 'bplus', 'small-bplus', 'small-dplus')
 _MIXED = ('dplus', 'dplus-equal', 'bplus', 'small-dplus', 'small-bplus')
 
 
@@ -214,8 +214,10 @@ def make_studies(setting: Setting) -> Dict[str, Study]:
              'dplus-drop-reg', 'timm', 'timm-progressive'), _parts),
         'beyond': Study(
             'Past the paper',
-            'Annealed regimes, which train small images early and large ones late, beside the same without, at equal '
+            'Annealed regimes, which train small images early and large ones late, beside the same without, and what '
+            'small images save spent on more steps (one batch size for all sizes), not on larger batches; all at equal '
             'cost: differences of top-1 in points, the mean over all sizes, and their standard deviation over seeds.',
-            (*_ANNEALED, *(f'{name}-anneal' for name in _ANNEALED)),
-            _differences([(f'{name} annealed', f'{name}-anneal', name) for name in _ANNEALED])),
+            (*_ANNEALED, *(f'{name}-anneal' for name in _ANNEALED), 'small-none'),
+            _differences([*((f'{name} annealed', f'{name}-anneal', name) for name in _ANNEALED),
+                          ('More steps, not larger batches', 'small-none', 'small-bplus')])),
     }
