@@ -11,6 +11,7 @@ from mixsize_timm.report import Curve
 from .runs import read_results
 from .settings import CONTROL, Setting, make_arms
 from .studies import (
+    PAPER,
     SEEDS,
     Results,
     Study,
@@ -53,6 +54,8 @@ def write_page() -> None:
     for number, (name, study) in enumerate(titles.items(), 1):
         parts.append(f'## {number}. {study.title}\n\n{study.question}\n')
         parts += [_section(setting, make_studies(setting)[name], found[setting.name]) for setting in settings]
+    parts.append('## Every arm at every size\n')
+    parts += [_accuracies(setting, found[setting.name]) for setting in settings]
     parts.append(_provenance(settings, found))
     PAGE.write_text('\n'.join(parts), encoding='utf-8')
     print(f'{PAGE.relative_to(ROOT)} and plots in {PLOTS.relative_to(ROOT)} are written')
@@ -92,7 +95,7 @@ def _overview(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> str:
 
 
 def _plots(setting: Setting, results: Results) -> List[str]:
-    curves = [curve for name in ('dplus-equal', 'bplus', 'small-bplus', CONTROL, 'timm')
+    curves = [curve for name in (*PAPER, CONTROL, 'timm')
               if (curve := curve_of(name, results)) is not None]
     lines = []
     PLOTS.mkdir(exist_ok=True)
@@ -100,28 +103,32 @@ def _plots(setting: Setting, results: Results) -> List[str]:
         figure = plot(curves, 'Top-1 accuracy (%)')
         FigureCanvasAgg(figure)
         file = PLOTS / f'{setting.name}-{kind}.png'
-        figure.savefig(file, dpi=110, metadata={'Software': None})
+        figure.savefig(file, dpi=110, bbox_inches='tight', metadata={'Software': None})
         lines.append(f'![Accuracy against {"image size" if kind == "size" else "operations"}, {setting.title}]'
                      f'({file.relative_to(PAGE.parent).as_posix()})\n')
     return lines
 
 
 def _section(setting: Setting, study: Study, found: Dict[str, List[Dict[str, Any]]]) -> str:
-    """The answers of a study for a setting, and the accuracies that they come from."""
-    arms, results = make_arms(setting), _whole(found)
-    control = curve_of(CONTROL, results)
-    rows, notes = [], []
+    """The answers of a study for a setting."""
+    arms = make_arms(setting)
+    lines = study.answer(setting, _whole(found))
     for name in study.arms:
-        rows += _rows(results[name], control, setting.sizes)
         failed = [run for run in found[name] if 'failed' in run]
         if failed:
-            notes.append(f'{arms[name].title}: {len(failed)} of {len(found[name])} runs failed: {failed[0]["failed"]}')
+            lines.append(f'{arms[name].title}: {len(failed)} of {len(found[name])} runs failed: {failed[0]["failed"]}')
     missing = [arms[name].title for name in study.arms if not found[name]]
     if missing:
-        notes.append(f'Not run: {"; ".join(missing)}.')
-    lines = [f'- {line}' for line in (*study.answer(setting, results), *notes)]
+        lines.append(f'Not run: {"; ".join(missing)}.')
+    return '\n'.join([f'### {setting.title}\n', *(f'- {line}' for line in lines), ''])
+
+
+def _accuracies(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> str:
+    results = _whole(found)
+    control = curve_of(CONTROL, results)
+    rows = [row for runs in results.values() for row in _rows(runs, control, setting.sizes)]
     header = ['arm', 'epochs', 'cost', 'seeds', 'statistics', *(f'{size} px' for size in setting.sizes)]
-    return '\n'.join([f'### {setting.title}\n', *lines, '', *(_table(header, rows) if rows else ()), ''])
+    return '\n'.join([f'### {setting.title}\n', *_table(header, rows), ''])
 
 
 def _rows(runs: Sequence[Dict[str, Any]], control: Optional[Curve], sizes: Sequence[int]) -> List[List[str]]:
