@@ -189,6 +189,11 @@ def _parts(setting: Setting) -> Dict[str, Arm]:
 def _beyond(setting: Setting) -> Dict[str, Arm]:
     """Small images early and large ones late, or small batches of small images, at the cost of the control."""
     paper, small = setting.paper, setting.small
+    steps = _mixsize(setting, 'MixSize of small mean size, one batch size, equal cost', small, 'none', 1)
+    bplus = _mixsize(setting, 'MixSize B+ of small mean size, {} in a batch, equal cost', small, 'b+', 1)
+    # batches with which others take as many steps
+    fixed_batch = round(setting.batch_size * setting.epochs / steps.epochs)
+    bplus_batch = round(setting.batch_size**2 / setting.regime(small, 'b+').mean_batch * bplus.epochs / steps.epochs)
     return {
         'dplus-equal-anneal': _mixsize(setting, 'MixSize D+, annealed, equal cost', paper, 'd+', 1, anneal=1.),
         'bplus-anneal': _mixsize(setting, 'MixSize B+, annealed, equal cost', paper, 'b+', 1, anneal=1.),
@@ -196,7 +201,13 @@ def _beyond(setting: Setting) -> Dict[str, Arm]:
                                        anneal=1.),
         'small-dplus-anneal': _mixsize(setting, 'MixSize D+ of small mean size, annealed, equal cost', small, 'd+', 1,
                                        anneal=1.),
-        'small-none': _mixsize(setting, 'MixSize of small mean size, one batch size, equal cost', small, 'none', 1),
+        'small-none': steps,
+        'small-none-anneal': _mixsize(setting, 'MixSize of small mean size, one batch size, annealed, equal cost',
+                                      small, 'none', 1, anneal=1.),
+        'fixed-steps': Arm(f'fixed {setting.base_size} px, {fixed_batch} in a batch, equal cost',
+                           {**OFF, 'batch_size': fixed_batch}, setting.epochs),
+        'small-bplus-steps': Arm(bplus.title.format(bplus_batch), {**bplus.options, 'batch_size': bplus_batch},
+                                 bplus.epochs),
     }
 
 

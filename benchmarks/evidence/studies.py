@@ -12,8 +12,8 @@ FEWER_OPERATIONS = 3.  # aims of the studies
 ERROR_REDUCTION = 0.20
 SEEDS = 3  # that a verdict needs
 PAPER = ('dplus-equal', 'bplus', 'small-bplus', 'small-dplus')  # its regimes, at equal cost
-_OURS = (*(f'{name}-anneal' for name in PAPER), 'small-none')
-_RIVALS = ('dplus', *PAPER, *_OURS, 'timm')  # of the control
+_OURS = (*(f'{name}-anneal' for name in PAPER), 'small-none', 'small-none-anneal')
+_RIVALS = ('dplus', *PAPER, *_OURS, 'fixed-steps', 'timm')  # of the control
 Line = Callable[[Setting, Curve, Curve], str]
 Results = Mapping[str, Sequence[Dict[str, Any]]]  # of each arm, its runs that did not fail
 
@@ -195,7 +195,11 @@ def _beyond(setting: Setting, results: Results) -> List[str]:
                      f'over all sizes {mean(curve.value):.2f} %, {over:+.2f} points beside the best. '
                      f'{_verdict(best > 0 and over > 0, curve, *rivals)}')
     return lines + _differences([*((f'{name} annealed', f'{name}-anneal', name) for name in PAPER),
-                                 ('More steps, not larger batches', 'small-none', 'small-bplus')])(setting, results)
+                                 ('small-none annealed', 'small-none-anneal', 'small-none'),
+                                 ('More steps, not larger batches', 'small-none', 'small-bplus'),
+                                 ('Mixed sizes, at as many steps', 'small-none', 'fixed-steps'),
+                                 ('One batch size, not B+, at as many steps', 'small-none', 'small-bplus-steps'),
+                                 ])(setting, results)
 
 
 def make_studies(setting: Setting) -> Dict[str, Study]:
@@ -234,5 +238,5 @@ def make_studies(setting: Setting) -> Dict[str, Study]:
             'more steps (one batch size for all sizes), not on larger batches, all at equal cost. Aim: better than '
             'every regime of the paper, both at the best size and in the mean over all sizes. Then the differences '
             'that each makes: top-1 in points, the mean over all sizes, with the standard deviation over the seeds.',
-            (*PAPER, *_OURS), _beyond),
+            (*PAPER, *_OURS, 'fixed-steps', 'small-bplus-steps'), _beyond),
     }
