@@ -157,6 +157,8 @@ def _cheap(setting: Setting) -> Dict[str, Arm]:
     return {
         'small-bplus-cheap': _mixsize(setting, f'MixSize B+ of small mean size, {CHEAP} of the cost', setting.small,
                                       'b+', CHEAP),
+        'small-none-cheap': _mixsize(setting, f'MixSize of small mean size, one batch size, {CHEAP} of the cost',
+                                     setting.small, 'none', CHEAP),
         'fixed-cheap': Arm(f'fixed {setting.base_size} px, {CHEAP} of the cost', OFF,
                            max(1, int(CHEAP * setting.epochs))),
     }

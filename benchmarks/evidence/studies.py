@@ -13,6 +13,7 @@ ERROR_REDUCTION = 0.20
 SEEDS = 3  # that a verdict needs
 PAPER = ('dplus-equal', 'bplus', 'small-bplus', 'small-dplus')  # its regimes, at equal cost
 _OURS = (*(f'{name}-anneal' for name in PAPER), 'small-none', 'small-none-anneal')
+_CHEAP = ('small-bplus-cheap', 'small-none-cheap', 'fixed-cheap')
 _RIVALS = ('dplus', *PAPER, *_OURS, 'fixed-steps', 'timm')  # of the control
 Line = Callable[[Setting, Curve, Curve], str]
 Results = Mapping[str, Sequence[Dict[str, Any]]]  # of each arm, its runs that did not fail
@@ -220,8 +221,7 @@ def make_studies(setting: Setting) -> Dict[str, Study]:
             'Cheaper training',
             'Whether a regime of small mean size reaches the accuracy of the fixed-size model, with so many times '
             f'fewer operations of training: at least {1 / CHEAP:g}. The fixed-size model with as few is beside it.',
-            (CONTROL, 'small-bplus-cheap', 'fixed-cheap'),
-            _each(('small-bplus-cheap', 'fixed-cheap'), _cheaper_training)),
+            (CONTROL, *_CHEAP), _each(_CHEAP, _cheaper_training)),
         'resilience': Study(
             'Resilience',
             'One D+ model beside models trained at one size each, at equal cost. Aim: within 1 point of every one of '
