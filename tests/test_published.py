@@ -15,7 +15,7 @@ from mixsize_timm.verify import verify
 
 ROOT = Path(__file__).parents[1]
 MODELS = sorted(path.parent for path in (ROOT / 'hub').glob('*/config.json'))
-DATA = Path(os.environ.get('MIXSIZE_DATA', ROOT.parent / 'shared' / 'data')) / 'clothing'
+DATA = Path(os.environ.get('MIXSIZE_DATA', ROOT.parent / 'shared' / 'data')) / 'clothing-224'
 
 
 @pytest.fixture(params=MODELS, ids=lambda folder: folder.name)
@@ -49,7 +49,7 @@ def test_timm_loads_it_with_the_statistics_of_its_size(published):
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=(
     'the photographs it was measured on are not part of this repository, and the tests fetch nothing: the tests before '
-    'this one load the model, and hold its card to its results; set MIXSIZE_DATA to the folder that has clothing/ to '
+    'this one load the model, and hold its card to its results; set MIXSIZE_DATA to the folder that has clothing-224/ to '
     'measure it again'))
 def test_its_figures_are_repeated(published, tmp_path, monkeypatch):
     original, passes = evaluate.validate, itertools.cycle(('own', 'kept'))
@@ -59,7 +59,7 @@ def test_its_figures_are_repeated(published, tmp_path, monkeypatch):
     shown = {result.metric_name: result.metric_value for result in card.data.eval_results}
     (entry,) = json.loads((published / 'sizes.json').read_text())['checkpoints']
     sizes = [str(row['img_size']) for row in entry['results']]
-    assert evaluate.main([str(published), '--data-dir', str(DATA), '--val-split', entry['data']['split'], '--sizes',
+    assert evaluate.main([str(published), '--dataset', f'hfds/{DATA}', '--val-split', entry['data']['split'], '--sizes',
                           *sizes, '--calibrate', 'kept', '--no-speed', '-j', '2', '--output', str(tmp_path)]) == 0
     (again,) = json.loads((tmp_path / 'sizes.json').read_text())['checkpoints']
     assert len(again['results']) == len(sizes) > 5
