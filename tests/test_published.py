@@ -49,8 +49,8 @@ def test_timm_loads_it_with_the_statistics_of_its_size(published):
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=(
     'the photographs it was measured on are not part of this repository, and the tests fetch nothing: the tests before '
-    'this one load the model, and hold its card to its results; set MIXSIZE_DATA to the folder that has clothing-224/ to '
-    'measure it again'))
+    'this one load the model, and hold its card to its results; set MIXSIZE_DATA to the folder that has clothing-224/ '
+    'to measure it again'))
 def test_its_figures_are_repeated(published, tmp_path, monkeypatch):
     original, passes = evaluate.validate, itertools.cycle(('own', 'kept'))
     own = {'loss': 0., 'top1': 0., 'top5': 0.}  # of its own statistics at each size, which the card does not show

@@ -50,6 +50,7 @@ def write_page() -> None:
     parts = [HEAD]
     for setting in settings:
         parts.append(_overview(setting, found[setting.name]))
+    parts.append((Path(__file__).parent / 'summary.md').read_text(encoding='utf-8'))
     titles = {name: study for setting in settings[:1] for name, study in make_studies(setting).items()}
     for number, (name, study) in enumerate(titles.items(), 1):
         parts.append(f'## {number}. {study.title}\n\n{study.question}\n')
