@@ -79,8 +79,8 @@ def test_arms_of_equal_cost_take_as_many_operations_as_the_control(evidence, tmp
                 assert abs(args.train_batches_per_epoch - setting.budget / setting.epochs / step) <= 0.5
                 epochs = [setting.budget / arm.epochs] * arm.epochs
             elif args.mixsize == 'off':
-                steps = setting.num_images // setting.batch_size
-                epochs = [steps * setting.batch_size * setting.gmacs(args.img_size)] * arm.epochs
+                images = setting.num_images // args.batch_size * args.batch_size
+                epochs = [images * setting.gmacs(args.img_size)] * arm.epochs
             else:
                 regime = make_regime(args, (3, args.img_size, args.img_size))
                 epochs = [setting.epoch_gmacs(regime, epoch) for epoch in range(arm.epochs)]

@@ -77,7 +77,7 @@ class Setting:
 
     def regime(self, options: Dict[str, Any], adapt: str) -> Regime:
         """The regime that options of training mean."""
-        common = {'base_size': self.base_size, 'batch_size': self.batch_size, 'adapt': adapt}
+        common = {'base_size': self.base_size, 'batch_size': options.get('batch_size', self.batch_size), 'adapt': adapt}
         if options['mixsize'] == 'custom':
             return Regime(tuple(options['mixsize_sizes']), tuple(options['mixsize_probs']), **common)
         return Regime.preset(options['mixsize'], **common)
@@ -127,7 +127,7 @@ def make_arms(setting: Setting) -> Dict[str, Arm]:
 def _mixsize(setting: Setting, title: str, options: Dict[str, Any], adapt: str, cost: Optional[float] = None,
              anneal: float = 0., **others: Any) -> Arm:
     """MixSize for as many epochs as the control, or at a cost, to half an epoch; at less than its cost, no more."""
-    regime, epochs = setting.regime(options, adapt), setting.epochs
+    regime, epochs = setting.regime({**options, **others}, adapt), setting.epochs
     others = {**others, 'mixsize_anneal': anneal} if anneal else others
     if cost is not None:
         for _ in range(2):  # the number of epochs has a say in what an annealed one costs
@@ -192,9 +192,10 @@ def _beyond(setting: Setting) -> Dict[str, Arm]:
     """Small images early and large ones late, or small batches of small images, at the cost of the control."""
     paper, small = setting.paper, setting.small
     steps = _mixsize(setting, 'MixSize of small mean size, one batch size, equal cost', small, 'none', 1)
-    bplus = _mixsize(setting, 'MixSize B+ of small mean size, {} in a batch, equal cost', small, 'b+', 1)
+    bplus = _mixsize(setting, '', small, 'b+', 1)
     # batches with which others take as many steps
     fixed_batch = round(setting.batch_size * setting.epochs / steps.epochs)
+    fixed_epoch = setting.num_images // fixed_batch * fixed_batch * setting.gmacs(setting.base_size)
     bplus_batch = round(setting.batch_size**2 / setting.regime(small, 'b+').mean_batch * bplus.epochs / steps.epochs)
     return {
         'dplus-equal-anneal': _mixsize(setting, 'MixSize D+, annealed, equal cost', paper, 'd+', 1, anneal=1.),
@@ -207,9 +208,9 @@ def _beyond(setting: Setting) -> Dict[str, Arm]:
         'small-none-anneal': _mixsize(setting, 'MixSize of small mean size, one batch size, annealed, equal cost',
                                       small, 'none', 1, anneal=1.),
         'fixed-steps': Arm(f'fixed {setting.base_size} px, {fixed_batch} in a batch, equal cost',
-                           {**OFF, 'batch_size': fixed_batch}, setting.epochs),
-        'small-bplus-steps': Arm(bplus.title.format(bplus_batch), {**bplus.options, 'batch_size': bplus_batch},
-                                 bplus.epochs),
+                           {**OFF, 'batch_size': fixed_batch}, round(setting.budget / fixed_epoch)),
+        'small-bplus-steps': _mixsize(setting, f'MixSize B+ of small mean size, {bplus_batch} in a batch, equal cost',
+                                      small, 'b+', 1, batch_size=bplus_batch),
     }
 
 
