@@ -106,7 +106,8 @@ def test_the_page_is_what_the_generator_makes():
 
 
 @pytest.mark.skipif('TIMM_CHECKOUT' not in os.environ, reason=(
-    "timm's wheel has no train.py: set TIMM_CHECKOUT to a clone of its repository to compare the kept facts with it"))
+    "timm's wheel has no train.py, and the tests fetch nothing: the tests before this one hold our options to the "
+    'facts kept in timm_arguments.json; set TIMM_CHECKOUT to a clone of its repository to compare those with it'))
 def test_the_facts_are_those_of_a_timm_checkout():
     program = 'import sys, timm_arguments; sys.stdout.write(timm_arguments.read_timm(sys.argv[1]))'
     read = subprocess.run(  # a process of its own: here timm is the installed one
