@@ -12,7 +12,7 @@ import timm.data
 import torch
 from common import make_parser, parse_args, print_table, write
 
-from mixsize_timm.images import OpenedImage
+from mixsize_timm.images import OpenedImage, Part
 from mixsize_timm.randomness import seed_for
 from mixsize_timm.transforms import TensorTransform
 
@@ -41,9 +41,10 @@ def measure_size(files: List[str], size: int, interpolation: str) -> Dict[str, A
             seed_for(number)
             return apply()
 
-        denominator = made(lambda: ours.denominator(OpenedImage(data).size))  # noqa: B023
-        denominators.append(denominator)
-        full, scaled = OpenedImage(data).decode(), OpenedImage(data).decode(denominator)
+        part = made(lambda: ours.part(OpenedImage(data).size))  # noqa: B023
+        denominators.append(part.denominator)
+        full, scaled = (OpenedImage(data).decode(lambda size, needed=needed: needed)
+                        for needed in (Part(part.bottom), part))
         pil = OpenedImage(data).pil()
         pixels[TIMM].append(made(lambda: transform(pil)))  # noqa: B023
         pixels[OURS].append(made(lambda: ours(full)))  # noqa: B023

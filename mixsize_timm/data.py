@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_co
 
 from .buffers import Recycled, SharedSlots
 from .datasets import ReadableDataset
-from .images import Picture
+from .images import Part, Picture
 from .randomness import own_randomness, seed_for
 from .regime import Regime
 from .regularization import SizeRegularization
@@ -61,23 +61,22 @@ class BatchMaker:
         self.scaled_decoding = scaled_decoding
         self.slots: Optional[SharedSlots] = None
 
-    def denominator(self, group: Group, number: int, size: Tuple[int, int]) -> Optional[int]:
-        """How much smaller an image may be decoded, so that it is enough for all of its duplicates.
-
-        ``None`` where it shall be decoded at its size with the pixels that PIL gives.
+    def part(self, group: Group, number: int, size: Tuple[int, int]) -> Optional[Part]:
+        """What of an image all of its duplicates need, as far as it is worth the while to draw their crops for it.
 
         Args:
             group: The group.
             number: Number of the image, as in :meth:`__call__`.
             size: Width and height of the image in pixels.
         """
-        if not self.scaled_decoding:
-            return None
-        denominators = []
+        if group.duplicates > 1 and not self.scaled_decoding:
+            return None  # two crops already need nearly all rows
+        parts = []
         for duplicate in range(group.duplicates):
             seed_for(self.seed, group.epoch, number, duplicate)
-            denominators.append(self.transforms[group.size].denominator(size))
-        return min(denominators)
+            parts.append(self.transforms[group.size].part(size))
+        bottoms, denominators = zip(*parts)
+        return Part(max(bottoms), min(denominators) if self.scaled_decoding else None)
 
     def __call__(self, group: Group, images: Iterable[Tuple[Picture, Any, int]], num_images: int) -> Any:
         """The batch of ``num_images * duplicates`` samples, the duplicates of an image one after the other.
@@ -135,7 +134,7 @@ class MixSizeDataset(Dataset):
         for index in group.images.tolist():
             with self.heartbeats.at(index):
                 picture, target, bad = self.dataset.read(
-                    index, self.maker.seed, group.epoch, denominator=partial(self.maker.denominator, group, index))
+                    index, self.maker.seed, group.epoch, part=partial(self.maker.part, group, index))
                 bad_images.update(bad)
                 yield picture, target, index
 

@@ -12,7 +12,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
 
-from .images import OpenedImage, Picture, unreadable
+from .images import OpenedImage, Part, Picture, unreadable
 from .randomness import own_randomness
 
 _logger = logging.getLogger(__name__)
@@ -68,14 +68,14 @@ class ReadableDataset(Dataset):
             self.report(bad, name, reason)
         return (image if self.transform is None else self.transform(image)), target
 
-    def read(self, index: int, *key: int, denominator: Optional[Callable[[Tuple[int, int]], Optional[int]]] = None
+    def read(self, index: int, *key: int, part: Optional[Callable[[Tuple[int, int]], Optional[Part]]] = None
              ) -> Tuple[Picture, Any, Dict[int, Tuple[str, str]]]:
         """The pixels of an image, or of what takes its place, not transformed; nothing is logged.
 
         Args:
             index: The image.
             *key: What the choice of another image depends on beside it, such as seed and epoch; not negative.
-            denominator: How much smaller an image may be decoded, given its width and height; see
+            part: What of an image is needed, given its width and height; see
                 :meth:`~mixsize_timm.images.OpenedImage.decode`.
 
         Returns:
@@ -86,7 +86,7 @@ class ReadableDataset(Dataset):
         """
         def decode(candidate: int) -> Tuple[Picture, Any]:
             opened, target = self._open(candidate)
-            return opened.decode(denominator(opened.size) if denominator is not None else None), target
+            return opened.decode(part), target
 
         return self._read(index, key, decode)
 

@@ -1,7 +1,7 @@
-"""An image: its size known from its header, its pixels decoded into a tensor, at a smaller scale where that does."""
+"""An image: its size known from its header, its pixels decoded into a tensor, no more of them than are needed."""
 import io
 import math
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, Callable, NamedTuple, Optional, Tuple
 
 import numpy as np
 import simplejpeg
@@ -10,15 +10,29 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 DENOMINATORS = (1, 2, 4, 8)  # of the scales that JPEG decodes at
-_JPEG = b'\xff\xd8'  # what it begins with
+_JPEG, _JPEG_END = b'\xff\xd8', b'\xff\xd9'  # what it begins and ends with
+_JPEG_FRAMES, _JPEG_SCAN = (0xC0, 0xC1), 0xDA  # markers: of frames whose rows follow each other, and of a scan
 # PIL mode -> JPEG colours whose pixels are the same by libjpeg-turbo and by PIL, and what libjpeg-turbo calls the mode
 _COLOURS = {'RGB': (('YCbCr', 'RGB'), 'RGB'), 'L': (('Gray',), 'GRAY')}
 
 
+class Part(NamedTuple):
+    """What of an image is needed."""
+    bottom: int  # number of its rows, from the top, at full scale
+    denominator: Optional[int] = None  # of the scale: 1, 2, 4 or 8; None for full scale and the pixels that PIL gives
+
+
 class Picture(NamedTuple):
-    """The pixels of an image, perhaps at a smaller scale."""
-    pixels: torch.Tensor  # uint8 [channels, height, width]; its memory is mostly in the order height, width, channels
+    """The pixels of an image, perhaps at a smaller scale, perhaps without the rows at its bottom."""
+    pixels: torch.Tensor  # uint8 [channels, rows, width]; its memory is mostly in the order rows, width, channels
     size: Tuple[int, int]  # width and height of the image at full scale
+    denominator: int = 1  # of the scale of the pixels
+
+    @property
+    def scaled(self) -> Tuple[int, int]:
+        """Width and height of the whole image at the scale of the pixels."""
+        width, height = self.size
+        return -(-width // self.denominator), -(-height // self.denominator)
 
 
 class OpenedImage:
@@ -70,34 +84,40 @@ class OpenedImage:
         image.load()
         return image
 
-    def decode(self, denominator: Optional[int] = None) -> Picture:
+    def decode(self, part: Optional[Callable[[Tuple[int, int]], Optional[Part]]] = None) -> Picture:
         """Decode the image; call it once.
 
         Args:
-            denominator: Decode a JPEG at this part of its size (1, 2, 4 or 8), and in libjpeg-turbo's faster ways to
-                transform and to enlarge its colours. What is not an encoded JPEG is decoded at its size.
+            part: Tells from width and height what of it is needed, ``None`` for all; asked for a JPEG only. Where it
+                names a scale, libjpeg-turbo's faster ways to transform and to enlarge colours are taken. Of a
+                progressive JPEG all rows are decoded.
         """
         if self._pixels is not None:
             return Picture(self._pixels, self.size)
-        pixels = self._decode_jpeg(denominator)
-        return Picture(pil_to_tensor(self.pil()) if pixels is None else pixels, self.size)
+        picture = self._decode_jpeg(part)
+        return Picture(pil_to_tensor(self.pil()), self.size) if picture is None else picture
 
-    def _decode_jpeg(self, denominator: Optional[int]) -> Optional[torch.Tensor]:
-        """The pixels of a JPEG, or ``None`` where PIL has to decode it, if only to say what is wrong with it."""
+    def _decode_jpeg(self, part: Optional[Callable[[Tuple[int, int]], Optional[Part]]]) -> Optional[Picture]:
+        """A JPEG decoded, or ``None`` where PIL has to do it, if only to say what is wrong with the image."""
         colours, mode = _COLOURS.get(self._mode or '', ((), ''))
         if self._jpeg is None or self._jpeg[2] not in colours:
             return None
         width, height, _ = self._jpeg
-        scale, fast = denominator or 1, denominator is not None
         if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
             return None
+        needed = part((width, height)) if part is not None else None
+        bottom, denominator = needed or Part(height)
+        scale, fast = denominator or 1, denominator is not None
+        rows = min(bottom + 4 * max(scale, 2), height)  # more, as colours are enlarged with the row below
+        data = _without_bottom(self._data, rows)
         try:
             pixels = simplejpeg.decode_jpeg(
-                self._data, mode, fastdct=fast, fastupsample=fast, min_width=-(-width // scale),
-                min_height=-(-height // scale), min_factor=scale)
+                data or self._data, mode, fastdct=fast, fastupsample=fast, min_width=-(-width // scale),
+                min_height=-(-(rows if data else height) // scale), min_factor=scale,
+                strict=data is None)  # what is left of the bottom would be an error
         except ValueError:
             return None
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        return Picture(torch.from_numpy(pixels).permute(2, 0, 1), (width, height), scale)
 
     def _opened(self) -> Image.Image:
         if self._image is None:
@@ -138,3 +158,28 @@ def _jpeg_header(data: bytes) -> Optional[Tuple[int, int, str]]:
     except ValueError:
         return None
     return (width, height, colours) if width else None
+
+
+def _without_bottom(data: Optional[bytes], rows: int) -> Optional[bytes]:
+    """A JPEG of which a decoder decodes some rows and no more, since its header says that there are no others.
+
+    ``None`` where it has no more rows, does not end as a whole file does, or does not have its rows one after the
+    other: progressive, or with colours apart.
+    """
+    if data is None or not data.endswith(_JPEG_END):
+        return None
+    frame, start = 0, 2  # frame: where rows and columns are written
+    while data[start:start + 1] == b'\xff' and len(data) > start + 9:
+        marker, length = data[start + 1], _number(data, start + 2)
+        if marker in _JPEG_FRAMES:
+            frame = start + 5
+        elif marker == _JPEG_SCAN:  # its colours are all that there are, and a frame of this kind came before it
+            if not frame or data[start + 4] != data[frame + 4] or _number(data, frame) <= rows:
+                return None
+            return data[:frame] + rows.to_bytes(2, 'big') + data[frame + 2:]
+        start += 2 + length
+    return None
+
+
+def _number(data: bytes, start: int) -> int:
+    return int.from_bytes(data[start:start + 2], 'big')

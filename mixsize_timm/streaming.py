@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 from contextlib import nullcontext, suppress
+from functools import partial
 from itertools import islice
 from multiprocessing import RawArray
 from queue import Empty, SimpleQueue
@@ -411,8 +412,7 @@ class StreamBatches(IterableDataset):
         assert group.images is not None
 
         def decode(image: Any) -> Picture:
-            opened = OpenedImage(image, self.mode)
-            return opened.decode(self.maker.denominator(group, number, opened.size))
+            return OpenedImage(image, self.mode).decode(partial(self.maker.part, group, number))
 
         for number in group.images.tolist():
             window, slot = next(slots)

@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from .images import DENOMINATORS, Picture
+from .images import DENOMINATORS, Part, Picture
 
 # those that take a tensor, and are faster with one
 _ON_TENSORS = (
@@ -84,8 +84,8 @@ class TensorTransform:
             others.insert(0, first)
         self._steps = _on_tensors(others)
 
-    def denominator(self, size: Tuple[int, int]) -> int:
-        """How much smaller an image may be decoded for the next crop: 1, 2, 4 or 8, so that nothing is enlarged for it.
+    def part(self, size: Tuple[int, int]) -> Part:
+        """What of an image the next crop needs, at the smallest scale at which nothing is enlarged for it.
 
         It draws the crop, so the generators must be as they will be when the image is transformed.
 
@@ -93,10 +93,11 @@ class TensorTransform:
             size: Width and height of the image in pixels.
         """
         if self._crop is None:
-            return 1
-        _, _, height, width = self._box(torch.empty((1, *size[::-1]), device='meta'))
-        return max(d for d in DENOMINATORS if d == 1 or d * self._crop.size[0] <= height
-                   and d * self._crop.size[1] <= width)
+            return Part(size[1], 1)
+        top, _, height, width = self._box(size)
+        rows, columns = self._crop.size
+        return Part(min(top + height, size[1]), max(
+            d for d in DENOMINATORS if d == 1 or d * rows <= height and d * columns <= width))
 
     def __call__(self, picture: Picture) -> torch.Tensor:
         """The transformed picture: uint8 ``[channels, size, size]``, or float where timm's transform normalises it."""
@@ -107,17 +108,17 @@ class TensorTransform:
             pixels = step(pixels)
         return pixels
 
-    def _box(self, image: torch.Tensor) -> Tuple[int, int, int, int]:
-        return self._crop.get_params(image, self._crop.scale, self._crop.ratio)  # top, left, height, width
+    def _box(self, size: Tuple[int, int]) -> Tuple[int, int, int, int]:
+        """Top, left, height and width of a crop of an image of a width and height."""
+        return self._crop.get_params(torch.empty((1, *size[::-1]), device='meta'), self._crop.scale, self._crop.ratio)
 
     def _cropped(self, picture: Picture) -> torch.Tensor:
-        pixels, (width, height) = picture
-        if pixels.shape[1:] == (height, width):
-            top, left, rows, columns = self._box(pixels)
-        else:  # decoded at a smaller scale: the nearest box of whole pixels
-            box = self._box(torch.empty((1, height, width), device='meta'))
-            top, rows = _scaled(box[0], box[2], pixels.shape[1] / height)
-            left, columns = _scaled(box[1], box[3], pixels.shape[2] / width)
+        pixels = picture.pixels
+        top, left, rows, columns = self._box(picture.size)
+        if picture.scaled != picture.size:  # the nearest box of whole pixels
+            across, down = (part / whole for part, whole in zip(picture.scaled, picture.size))
+            top, rows = _scaled(top, rows, down)
+            left, columns = _scaled(left, columns, across)
         modes = _modes(self._crop)
         mode = random.choice(modes) if len(modes) > 1 else modes[0]
         crop = F.crop(pixels, top, left, rows, columns)  # black where that is outside of the image

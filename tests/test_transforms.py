@@ -122,9 +122,10 @@ def test_what_tensors_have_no_version_of_is_done_on_pil_images_and_nothing_else(
 def test_no_crop_is_enlarged_because_of_a_smaller_scale(width, height, size, seed):
     transform = TensorTransform(timms(size))
     seed_for(seed)
-    denominator = transform.denominator((width, height))
+    bottom, denominator = transform.part((width, height))
     seed_for(seed)
-    _, _, rows, columns = transform._box(torch.empty(1, height, width, device='meta'))
+    top, _, rows, columns = transform._box((width, height))
+    assert bottom == top + rows
     assert denominator in (1, 2, 4, 8)
     assert denominator == 1 or min(rows, columns) >= denominator * size
     assert denominator == 8 or min(rows, columns) < 2 * denominator * size  # as small as may be
@@ -137,18 +138,36 @@ def test_a_crop_of_a_smaller_scale_is_the_same_crop(pad):
     taken = 0
     for seed in range(20):
         seed_for(seed)
-        denominator = transform.denominator((600, 404))
-        taken += denominator > 1
+        part = transform.part((600, 404))
+        taken += part.denominator > 1
         made = []
-        for scale in (None, denominator):
+        for needed in (None, lambda size: part):  # noqa: B023
             seed_for(seed)
-            made.append(transform(OpenedImage(data).decode(scale))[:2].float())
+            made.append(transform(OpenedImage(data).decode(needed))[:2].float())
         assert (made[0] - made[1]).abs().mean() < (6 if pad else 4)  # the edge of the border is a sharp one
     assert taken > 10
 
 
+@pytest.mark.parametrize('pad', [0, 60])
+def test_a_crop_of_the_rows_that_it_needs_is_the_same_crop(pad):
+    data = encoded(smooth(100, 300))
+    transform = TensorTransform(timms(pad=pad))
+    fewer = 0
+    for seed in range(20):
+        seed_for(seed)
+        part = transform.part((100, 300))._replace(denominator=None)
+        made = []
+        for needed in (None, lambda size: part):  # noqa: B023
+            picture = OpenedImage(data).decode(needed)
+            seed_for(seed)
+            made.append(transform(picture))
+        fewer += picture.pixels.shape[1] < 300
+        assert torch.equal(*made)
+    assert fewer > 5
+
+
 def test_a_transform_that_does_not_crop_decodes_at_full_scale():
-    assert TensorTransform(timms(train_crop_mode='rkrc')).denominator((1000, 1000)) == 1
+    assert TensorTransform(timms(train_crop_mode='rkrc')).part((1000, 900)) == (900, 1)
 
 
 @pytest.fixture(scope='module')
