@@ -41,7 +41,8 @@ def measure_size(files: List[str], size: int, interpolation: str) -> Dict[str, A
             seed_for(number)
             return apply()
 
-        part = made(lambda: ours.part(OpenedImage(data).size))  # noqa: B023
+        size = OpenedImage(data).size
+        part = ours.part(size, made(lambda: ours.box(size)))  # noqa: B023
         denominators.append(part.denominator)
         full, scaled = (OpenedImage(data).decode(lambda size, needed=needed: needed)
                         for needed in (Part(part.bottom), part))

@@ -18,7 +18,7 @@ from .regime import Regime
 from .regularization import SizeRegularization
 from .sampler import DealtBatchSampler, Group, MixSizeBatchSampler
 from .streaming import WINDOW, StreamBatches, StreamLoader, num_images
-from .transforms import TensorTransform, pad_crop
+from .transforms import Box, TensorTransform, pad_crop
 from .workers import Heartbeats, Read, WatchedLoader, WorkerError, read_batch
 
 _OF_TIMMS_SAMPLERS = (
@@ -60,6 +60,7 @@ class BatchMaker:
         self.set_size = set_size
         self.scaled_decoding = scaled_decoding
         self.slots: Optional[SharedSlots] = None
+        self._drawn: Optional[Tuple[int, Tuple[int, int], Optional[Box]]] = None  # of which, its crop
 
     def part(self, group: Group, number: int, size: Tuple[int, int]) -> Optional[Part]:
         """What of an image all of its duplicates need, as far as it is worth the while to draw their crops for it.
@@ -71,10 +72,12 @@ class BatchMaker:
         """
         if group.duplicates > 1 and not self.scaled_decoding:
             return None  # two crops already need nearly all rows
-        parts = []
+        transform, parts = self.transforms[group.size], []
         for duplicate in range(group.duplicates):
             seed_for(self.seed, group.epoch, number, duplicate)
-            parts.append(self.transforms[group.size].part(size))
+            box = transform.box(size)
+            parts.append(transform.part(size, box))
+        self._drawn = (number, size, box) if len(parts) == 1 else None
         bottoms, denominators = zip(*parts)
         return Part(max(bottoms), min(denominators) if self.scaled_decoding else None)
 
@@ -95,14 +98,21 @@ class BatchMaker:
             for picture, target, number in images:
                 first = first if len(samples) else number
                 for duplicate in range(group.duplicates):
-                    seed_for(self.seed, group.epoch, number, duplicate)
-                    samples.append((transform(picture), target))
+                    box = self._take_drawn(number, picture.size)
+                    if box is None:
+                        seed_for(self.seed, group.epoch, number, duplicate)
+                    samples.append((transform(picture, box), target))
             if self.collate_fn is None:
                 return samples.collated()
             if hasattr(self.collate_fn, 'mixup_enabled'):
                 self.collate_fn.mixup_enabled = group.mixup
             seed_for(self.seed, group.epoch, first, -1)
             return self.collate_fn(samples)
+
+    def _take_drawn(self, number: int, size: Tuple[int, int]) -> Optional[Box]:
+        """The crop of an image, if it was the last thing drawn; so it is drawn once."""
+        drawn, self._drawn = self._drawn, None
+        return drawn[2] if drawn is not None and drawn[:2] == (number, size) else None
 
 
 class MixSizeDataset(Dataset):

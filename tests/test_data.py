@@ -36,6 +36,11 @@ class Counting(torch.utils.data.Dataset):
         return timm.data.dataset.Image.new('RGB', (24, 24), (index, index, index)), index
 
 
+class Pictures(list):
+    """A data set of images that come decoded."""
+    transform = None
+
+
 def test_shapes_follow_the_plan_and_duplicates_are_image_major():
     dataset = Counting()
     loader = loader_of(dataset, use_prefetcher=True, color_jitter=None, mean=(0, 0, 0), std=(1, 1, 1))
@@ -82,6 +87,14 @@ def test_workers_change_no_pixel(image_folder):
     persistent = loader_of(dataset, num_workers=1, persistent_workers=True, **options)
     collect(persistent, 0)
     assert_same(plain, collect(persistent))
+
+
+@pytest.mark.parametrize('scale', [(0.08, 1.0), (0.5, 1.0)])
+def test_images_that_are_decoded_in_part_give_the_pixels_of_those_that_come_decoded(image_folder, scale):
+    files = create_dataset('', str(image_folder), 'train')
+    pictures = Pictures((image.copy(), target) for image, target in files)
+    for regime in (Regime.fixed(32, batch_size=4), Regime.preset('cifar', 32, batch_size=4, adapt='d+')):
+        assert_same(*(collect(loader_of(dataset, regime, scale=scale)) for dataset in (files, pictures)))
 
 
 def test_ranks_change_no_pixel():
