@@ -246,13 +246,6 @@ def test_what_goes_past_the_paper_beats_its_best_at_the_best_size_and_in_the_mea
     assert not answer(evidence, 'beyond', {'small-none': of('ours', 60, 62, 71)})  # nothing to be beside
 
 
-def test_more_steps_are_judged_beside_the_fixed_size_with_as_many(evidence):
-    results = {'fixed-steps': of('fixed, small batch', 60, 70, 80, regime='off'), 'small-none': of('ours', 81, 84, 70)}
-    inference, accuracy, difference = answer(evidence, 'beyond', results)
-    assert 'at 16 px it reaches the 80.00 % at 32 px of fixed, small batch' in inference and '4.00 times' in inference
-    assert '20.0% lower' in accuracy and '+8.33' in difference
-
-
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=1, max_size=4))
 def test_a_part_is_judged_seed_by_seed(evidence, pairs):
     """What makes a seed easy or hard for both arms is not in the difference; a seed of one arm alone is left out."""

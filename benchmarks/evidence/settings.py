@@ -77,7 +77,7 @@ class Setting:
 
     def regime(self, options: Dict[str, Any], adapt: str) -> Regime:
         """The regime that options of training mean."""
-        common = {'base_size': self.base_size, 'batch_size': options.get('batch_size', self.batch_size), 'adapt': adapt}
+        common = {'base_size': self.base_size, 'batch_size': self.batch_size, 'adapt': adapt}
         if options['mixsize'] == 'custom':
             return Regime(tuple(options['mixsize_sizes']), tuple(options['mixsize_probs']), **common)
         return Regime.preset(options['mixsize'], **common)
@@ -189,28 +189,14 @@ def _parts(setting: Setting) -> Dict[str, Arm]:
 
 
 def _beyond(setting: Setting) -> Dict[str, Arm]:
-    """Small images early and large ones late, or small batches of small images, at the cost of the control."""
+    """Small images early and large ones late, or more steps in the place of larger batches, at the cost of the control."""
     paper, small = setting.paper, setting.small
-    steps = _mixsize(setting, 'MixSize of small mean size, one batch size, equal cost', small, 'none', 1)
-    bplus = _mixsize(setting, '', small, 'b+', 1)
-    # batches with which others take as many steps
-    fixed_batch = round(setting.batch_size * setting.epochs / steps.epochs)
-    fixed_epoch = setting.num_images // fixed_batch * fixed_batch * setting.gmacs(setting.base_size)
-    bplus_batch = round(setting.batch_size**2 / setting.regime(small, 'b+').mean_batch * bplus.epochs / steps.epochs)
     return {
         'dplus-equal-anneal': _mixsize(setting, 'MixSize D+, annealed, equal cost', paper, 'd+', 1, anneal=1.),
         'bplus-anneal': _mixsize(setting, 'MixSize B+, annealed, equal cost', paper, 'b+', 1, anneal=1.),
         'small-bplus-anneal': _mixsize(setting, 'MixSize B+ of small mean size, annealed, equal cost', small, 'b+', 1,
                                        anneal=1.),
-        'small-dplus-anneal': _mixsize(setting, 'MixSize D+ of small mean size, annealed, equal cost', small, 'd+', 1,
-                                       anneal=1.),
-        'small-none': steps,
-        'small-none-anneal': _mixsize(setting, 'MixSize of small mean size, one batch size, annealed, equal cost',
-                                      small, 'none', 1, anneal=1.),
-        'fixed-steps': Arm(f'fixed {setting.base_size} px, {fixed_batch} in a batch, equal cost',
-                           {**OFF, 'batch_size': fixed_batch}, round(setting.budget / fixed_epoch)),
-        'small-bplus-steps': _mixsize(setting, f'MixSize B+ of small mean size, {bplus_batch} in a batch, equal cost',
-                                      small, 'b+', 1, batch_size=bplus_batch),
+        'small-none': _mixsize(setting, 'MixSize of small mean size, one batch size, equal cost', small, 'none', 1),
     }
 
 

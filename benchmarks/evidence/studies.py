@@ -12,10 +12,10 @@ FEWER_OPERATIONS = 3.  # aims of the studies
 ERROR_REDUCTION = 0.20
 SEEDS = 3  # that a verdict needs
 PAPER = ('dplus-equal', 'bplus', 'small-bplus', 'small-dplus')  # its regimes, at equal cost
-_OURS = (*(f'{name}-anneal' for name in PAPER), 'small-none', 'small-none-anneal')
+_ANNEALED = ('dplus-equal', 'bplus', 'small-bplus')
+_OURS = (*(f'{name}-anneal' for name in _ANNEALED), 'small-none')
 _CHEAP = ('small-bplus-cheap', 'small-none-cheap', 'fixed-cheap')
-_STEPS = ('small-none', 'small-bplus-steps')  # with as many steps as fixed-steps
-_RIVALS = ('dplus', *PAPER, *_OURS, 'fixed-steps', 'timm')  # of the control
+_RIVALS = ('dplus', *PAPER, *_OURS, 'timm')  # of the control
 Line = Callable[[Setting, Curve, Curve], str]
 Results = Mapping[str, Sequence[Dict[str, Any]]]  # of each arm, its runs that did not fail
 
@@ -196,17 +196,8 @@ def _beyond(setting: Setting, results: Results) -> List[str]:
         lines.append(f'{curve.label}: {_best(curve)}, {best:+.2f} points beside the best of the paper\'s regimes; mean '
                      f'over all sizes {mean(curve.value):.2f} %, {over:+.2f} points beside the best. '
                      f'{_verdict(best > 0 and over > 0, curve, *rivals)}')
-    if (control := curve_of('fixed-steps', results)) is not None:  # with it the steps are as many too
-        curves = [curve for name in _STEPS if (curve := curve_of(name, results)) is not None]
-        lines += [f'{curve.label}: {line(setting, curve, control)}' for curve in curves
-                  for line in (_cheaper_inference, _better_accuracy)]
-    return lines + _differences([*((f'{name} annealed', f'{name}-anneal', name) for name in PAPER),
-                                 ('small-none annealed', 'small-none-anneal', 'small-none'),
-                                 ('More steps, not larger batches', 'small-none', 'small-bplus'),
-                                 ('Mixed sizes, at as many steps', 'small-none', 'fixed-steps'),
-                                 ('Mixed sizes, B+, at as many steps', 'small-bplus-steps', 'fixed-steps'),
-                                 ('One batch size, not B+, at as many steps', 'small-none', 'small-bplus-steps'),
-                                 ])(setting, results)
+    return lines + _differences([*((f'{name} annealed', f'{name}-anneal', name) for name in _ANNEALED),
+                                 ('More steps, not larger batches', 'small-none', 'small-bplus')])(setting, results)
 
 
 def make_studies(setting: Setting) -> Dict[str, Study]:
@@ -243,7 +234,6 @@ def make_studies(setting: Setting) -> Dict[str, Study]:
             'Annealed regimes, which train small images early and large ones late, and what small images save spent on '
             'more steps (one batch size for all sizes), not on larger batches, all at equal cost. Aim: better than '
             'every regime of the paper, both at the best size and in the mean over all sizes. Then the differences '
-            'that each makes: top-1 in points, the mean over all sizes, with the standard deviation over the seeds. '
-            'Two are beside the fixed size at as many steps, too.',
-            (*PAPER, *_OURS, 'fixed-steps', 'small-bplus-steps'), _beyond),
+            'that each makes: top-1 in points, the mean over all sizes, with the standard deviation over the seeds.',
+            (*PAPER, *_OURS), _beyond),
     }
