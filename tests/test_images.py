@@ -106,6 +106,18 @@ def test_a_file_that_is_cut_short_is_an_error_whatever_is_asked_for(bottom):
         OpenedImage(encoded(smooth())[:-300]).decode(lambda size: Part(bottom))
 
 
+@given(st.lists(st.tuples(st.integers(650, 2500), st.integers(0, 255)), min_size=1, max_size=3))
+def test_a_damaged_jpeg_has_the_rows_that_pil_sees_in_it(damage):
+    data = bytearray(encoded(noise(60, 60)))
+    for place, value in damage:
+        data[place] = value
+    try:
+        expected = pil_to_tensor(Image.open(io.BytesIO(data)).convert('RGB'))
+    except OSError:  # PIL sees no pixels in it; ours may, where that is said below the rows that are asked for
+        return
+    assert torch.equal(OpenedImage(data).decode(lambda size: Part(30)).pixels[:, :30], expected[:, :30])
+
+
 def test_a_file_with_more_behind_its_end_is_decoded():
     data = encoded(smooth())
     expected = OpenedImage(data).decode()

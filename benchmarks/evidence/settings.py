@@ -189,7 +189,7 @@ def _parts(setting: Setting) -> Dict[str, Arm]:
 
 
 def _beyond(setting: Setting) -> Dict[str, Arm]:
-    """Small images early and large ones late, or more steps in the place of larger batches, at the cost of the control."""
+    """Small images early and large ones late, or more steps in the place of larger batches, at the control's cost."""
     paper, small = setting.paper, setting.small
     return {
         'dplus-equal-anneal': _mixsize(setting, 'MixSize D+, annealed, equal cost', paper, 'd+', 1, anneal=1.),
