@@ -40,6 +40,7 @@ class Setting:
         specialists: Sizes besides the base size that a fixed-size model is trained at.
         paper: Options of the paper's regime of a mean size near the base size.
         small: Options of the paper's regime of a small mean size, or one made after it.
+        smaller: Options of one of ours, with most images at half the base size.
         calibrate: Batches that batch norm is calibrated on for each size.
         test_split: Split that every run is measured on, once.
         model: Name of the timm model.
@@ -58,6 +59,7 @@ class Setting:
     specialists: List[int]
     paper: Dict[str, Any]
     small: Dict[str, Any]
+    smaller: Dict[str, Any]
     calibrate: int
     test_split: str
     model: str
@@ -189,7 +191,7 @@ def _parts(setting: Setting) -> Dict[str, Arm]:
 
 
 def _beyond(setting: Setting) -> Dict[str, Arm]:
-    """Small images early and large ones late, or more steps in the place of larger batches, at the control's cost."""
+    """Small images early, more steps in the place of larger batches, or yet smaller images, at the control's cost."""
     paper, small = setting.paper, setting.small
     return {
         'dplus-equal-anneal': _mixsize(setting, 'MixSize D+, annealed, equal cost', paper, 'd+', 1, anneal=1.),
@@ -197,6 +199,7 @@ def _beyond(setting: Setting) -> Dict[str, Arm]:
         'small-bplus-anneal': _mixsize(setting, 'MixSize B+ of small mean size, annealed, equal cost', small, 'b+', 1,
                                        anneal=1.),
         'small-none': _mixsize(setting, 'MixSize of small mean size, one batch size, equal cost', small, 'none', 1),
+        'smaller-bplus': _mixsize(setting, 'MixSize B+ of smaller mean size, equal cost', setting.smaller, 'b+', 1),
     }
 
 
