@@ -3,13 +3,50 @@ import glob
 import logging
 import os
 import shutil
+import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, TextIO, Tuple
 
 from .checkpoint import LAST, RECOVERY, SaveError, Snapshot, age_of, copy_checkpoint, write_snapshot
+from .errors import UsageError
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 _logger = logging.getLogger(__name__)
+
+CLAIM_FILE = '.lock'
+
+
+def claim(folder: str) -> TextIO:
+    """Have a run's folder for this process alone, while it lives and what is returned stays open.
+
+    The lock is the process's own: workers that outlive it for a moment do not hold it. Where the file system has no
+    locks, nothing is guarded.
+
+    Raises:
+        UsageError: Another process has it.
+    """
+    file = open(os.path.join(folder, CLAIM_FILE), 'a+', encoding='utf-8')  # noqa: SIM115  # open as long as the run is
+    try:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # the two that POSIX allows
+        with file:
+            file.seek(0)
+            owner = file.read().strip()
+        raise UsageError(f'{folder} belongs to a run that is still alive ({owner}): wait for it or stop it, or choose '
+                         'another --experiment') from error
+    except OSError:
+        return file
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}')
+    file.flush()
+    return file
 
 
 class CheckpointHistory:

@@ -50,7 +50,7 @@ from .provenance import RUN_FILE, command_line, environment
 from .regularization import SizeRegularization
 from .report import METRIC_NAMES, SIZES_FILE, format_table, make_curves, write_sizes
 from .resume import newest_whole, restore, restore_timms, share_bad_images, tidy, training_state
-from .saver import CheckpointHistory, CheckpointInterval, CheckpointSaver
+from .saver import CheckpointHistory, CheckpointInterval, CheckpointSaver, claim
 from .sharding import full_model_state, load_whole
 from .signals import StopRequest
 from .smoothing import GradientSmoother
@@ -458,6 +458,7 @@ class Training:
         if self.accelerator.is_main_process:
             try:
                 os.makedirs(self.folder, exist_ok=True)
+                self._claim = claim(self.folder)
                 if self.resumed_from and os.path.samefile(run_folder(self.resumed_from), self.folder):
                     tidy(self)
                 self._trim_summary()

@@ -3,6 +3,9 @@ import errno
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -22,6 +25,16 @@ from mixsize_timm.checkpoint import (
     take_snapshot,
 )
 from mixsize_timm.saver import CheckpointHistory, CheckpointInterval, CheckpointSaver
+
+HOLDER = """
+import os, sys, time
+from mixsize_timm.saver import claim
+file = claim(sys.argv[1])
+worker = os.fork()
+if worker:
+    print(worker, flush=True)
+time.sleep(60)
+"""
 
 
 class Tiny(torch.nn.Linear):
@@ -272,3 +285,22 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_torn_one(tmp_path, trained, 
         os.truncate(os.path.join(torn, 'model.safetensors'), 10)
     assert train.main(argv) == 2
     assert json.loads((folder / 'last' / 'manifest.json').read_text())['position'] == [2, 0]  # nothing is taken away
+
+
+def test_a_folder_is_one_runs_at_a_time_until_that_dies(tmp_path, trained, capsys):
+    folder = copy_run(trained[0], tmp_path / 'run')
+    before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file() and path.name != '.lock'}
+    holder = subprocess.Popen([sys.executable, '-c', HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    worker = int(holder.stdout.readline())
+    try:
+        argv = [*trained[1], '--output', str(tmp_path)]
+        assert train.main(argv) == 2
+        assert f'a run that is still alive (process {holder.pid} on ' in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in before} == before
+        holder.kill()
+        holder.wait()
+        assert train.main(argv) == 0 and position_of(str(folder / 'last')) == (3, 0)  # its worker is alive still
+    finally:
+        holder.kill()
+        os.kill(worker, signal.SIGKILL)
+        holder.communicate()
