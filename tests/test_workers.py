@@ -146,7 +146,7 @@ def test_a_slow_worker_is_waited_for_however_long_its_batch_takes(timeout):
 
 
 class Failing:
-    def __call__(self, image):
+    def __call__(self, image, box):
         raise ValueError('no such\ncolour')
 
 
