@@ -60,7 +60,8 @@ class BatchMaker:
         self.set_size = set_size
         self.scaled_decoding = scaled_decoding
         self.slots: Optional[SharedSlots] = None
-        self._drawn: Optional[Tuple[int, Tuple[int, int], Optional[Box]]] = None  # of which, its crop
+        # number and size of the image whose crop was drawn last, and the crop
+        self._drawn: Optional[Tuple[int, Tuple[int, int], Optional[Box]]] = None
 
     def part(self, group: Group, number: int, size: Tuple[int, int]) -> Optional[Part]:
         """What of an image all of its duplicates need, as far as it is worth the while to draw their crops for it.
