@@ -12,6 +12,10 @@ from torch.utils.data import Sampler
 
 from .regime import DROP_RULES, Regime
 
+SHUFFLED_AT_ONCE = 2**21  # images; of more, in so many parts, made of chunks of so many
+PARTS = 256
+CHUNK = 2**18
+
 
 class Group(NamedTuple):
     """What the loader reads at once: ``batch`` images of one size, each ``duplicates`` times.
@@ -198,10 +202,7 @@ def plan_epoch(
         raise ValueError(f'{num_images} images on {world_size} processes make no batch at any size of the regime: '
                          'lower the batch size or add images')
     rng = np.random.default_rng([seed, epoch])
-    order: Union[np.ndarray, range] = range(num_images)
-    if random_access:
-        order = np.arange(num_images, dtype=np.int32 if num_images < 2**31 else np.int64)
-        rng.shuffle(order)
+    order = _shuffled(num_images, rng) if random_access else range(num_images)
 
     steps: List[Tuple[int, List[int]]] = []  # (size, batches of its groups)
     for size, of_size in batches.items():
@@ -218,6 +219,32 @@ def plan_epoch(
         order=order, num_images=num_images, epoch=epoch, multiple=regime.batch_multiple,
         steps_before=steps_before(epoch, regime, num_images, world_size, grad_accum_steps, drop) if regime.anneal
         else epoch * len(steps))
+
+
+def _shuffled(num_images: int, rng: np.random.Generator) -> np.ndarray:
+    """A random permutation, each as likely as any other.
+
+    Of many images each goes to a part at random, and the parts are shuffled (Rao 1961; Sandelius 1962): a part fits
+    the processor's cache, while a shuffle of all waits for memory at every image.
+    """
+    dtype = np.int32 if num_images < 2**31 else np.int64
+    if num_images <= SHUFFLED_AT_ONCE:
+        order = np.arange(num_images, dtype=dtype)
+        rng.shuffle(order)
+        return order
+    part = rng.integers(PARTS, size=num_images, dtype=np.uint8)
+    chunks = range(0, num_images, CHUNK)
+    counts = [np.bincount(part[first:first + CHUNK], minlength=PARTS) for first in chunks]
+    ends = np.cumsum(sum(counts))
+    order = np.empty(num_images, dtype=dtype)
+    free = np.append(0, ends[:-1])  # where the next image of each part goes
+    for first, count in zip(chunks, counts):
+        images = first + np.argsort(part[first:first + CHUNK], kind='stable')  # part after part
+        order[np.repeat(free - np.cumsum(count) + count, count) + np.arange(len(images))] = images
+        free += count
+    for of_part in np.split(order, ends[:-1]):
+        rng.shuffle(of_part)
+    return order
 
 
 def steps_before(epoch: int, regime: Regime, num_images: int, world_size: int = 1, grad_accum_steps: int = 1,

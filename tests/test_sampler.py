@@ -1,11 +1,13 @@
 """The epoch plan: coverage, equality across ranks, determinism, shares."""
 import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixsize_timm import sampler as sampler_module
 from mixsize_timm.regime import Regime
 from mixsize_timm.sampler import (
     DealtBatchSampler,
@@ -47,6 +49,16 @@ def test_all_ranks_take_the_same_shape_at_the_same_step(regime, world_size):
     shapes = [[(g.size, len(g.images), g.batch, g.duplicates, g.step) for g in epoch_of_rank(regime, r, world_size)[1]]
               for r in range(world_size)]
     assert all(s == shapes[0] for s in shapes[1:])
+
+
+def test_many_images_are_shuffled_in_parts_and_every_order_is_as_likely(monkeypatch):
+    for name, value in {'SHUFFLED_AT_ONCE': 1, 'PARTS': 3, 'CHUNK': 2}.items():
+        monkeypatch.setattr(sampler_module, name, value)
+    rng = np.random.default_rng(0)
+    orders = Counter(tuple(sampler_module._shuffled(5, rng)) for _ in range(24_000))
+    assert len(orders) == 120 and all(sorted(order) == list(range(5)) for order in orders)
+    chi_squared = sum((seen - 200)**2 / 200 for seen in orders.values())
+    assert 119 - 4 * 15.4 < chi_squared < 119 + 4 * 15.4  # mean and four standard deviations of chi squared
 
 
 def test_one_seed_gives_one_plan_and_another_epoch_another():
@@ -155,7 +167,7 @@ def test_a_sampler_of_imagenet_21k_stays_small_from_epoch_to_epoch():
     finally:
         tracemalloc.stop()
     assert images == int(sampler.plan.batch.sum()) // 64
-    assert peak < 75e6  # 57 MB of indices: the plan of one epoch gives way to that of the next
+    assert peak < 90e6  # 57 MB of indices, and 14 to shuffle: the plan of one epoch gives way to that of the next
 
 
 @settings(deadline=None)
