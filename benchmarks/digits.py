@@ -22,11 +22,11 @@ import timm
 import torch
 
 from mixsize_timm.args import make_regime, parse_args
+from mixsize_timm.curves import make_curves
 from mixsize_timm.datasets import DigitsDataset
 from mixsize_timm.measure import count_gmacs
 from mixsize_timm.plots import save_against_size
 from mixsize_timm.regime import Regime
-from mixsize_timm.report import make_curves
 from mixsize_timm.sampler import plan_epoch
 from mixsize_timm.train import Training
 

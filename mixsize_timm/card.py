@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Sequence
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .architectures import default_cfgs
-from .report import METRIC_NAMES, make_curves, size_range, table_cells
+from .curves import METRIC_NAMES, make_curves, size_range, table_cells
 from .resources import read_resource
 
 CARD_FILE = 'README.md'

@@ -18,6 +18,7 @@ from .args import model_dtype
 from .bn_stats import BatchNormStats, fingerprint
 from .calibration import calibrated_layers, warn_of_unserved
 from .checkpoint import read_state
+from .curves import all_answers, answer_lines, format_table, make_curves
 from .datasets import check_classes
 from .engine import in_format, validate
 from .errors import UsageError, check_writable, refusing, run_command
@@ -26,7 +27,7 @@ from .measure import describe_weights, measure_sizes, measure_speed, training_co
 from .models import Checkpoint, find_checkpoint
 from .parser import Parser
 from .provenance import environment
-from .report import REPORT_FILES, all_answers, answer_lines, format_table, make_curves, write_report
+from .report import REPORT_FILES, write_report
 from .subject import Subject, add_shared_options, model_arguments, start_accelerator
 
 _logger = logging.getLogger(__name__)

@@ -23,12 +23,12 @@ from .bn_stats import BN_STATS_FILE, BatchNormStats, digest, fingerprint, input_
 from .calibration import calibrated_layers
 from .card import CALIBRATED, CARD_FILE, NONE, OWN, PLOT_FILE, REPO_PLACEHOLDER, make_card
 from .checkpoint import EMA_FILE, MODEL_FILE, STATE_JSON, read_state
+from .curves import METRIC_NAMES, SIZES_FILE, make_curves, write_sizes
 from .errors import UsageError, check_writable, refusing
 from .layout import CONFIG_FILE, KEY, read_config, sha256, staged, write_config
 from .models import Checkpoint, find_checkpoint
 from .plots import save_against_size
 from .provenance import RUN_FILE, read_run
-from .report import METRIC_NAMES, SIZES_FILE, make_curves, write_sizes
 from .sizes import SizeProbe
 from .tokens import holds_token
 

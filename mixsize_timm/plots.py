@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
 if TYPE_CHECKING:
-    from .report import Curve
+    from .curves import Curve
 
 PLOTS = ('accuracy-against-size', 'accuracy-against-gmacs')
 FORMATS = ('png', 'svg')

@@ -36,6 +36,7 @@ from .checkpoint import (
     take_snapshot,
     write_flushed,
 )
+from .curves import METRIC_NAMES, SIZES_FILE, format_table, make_curves, write_sizes
 from .data import MixSizeLoader
 from .datasets import class_names
 from .engine import NonFiniteLoss, Progress, StepMeter, train_one_epoch, validate
@@ -48,7 +49,6 @@ from .models import create_model
 from .processes import shards
 from .provenance import RUN_FILE, command_line, environment
 from .regularization import SizeRegularization
-from .report import METRIC_NAMES, SIZES_FILE, format_table, make_curves, write_sizes
 from .resume import newest_whole, restore, restore_timms, share_bad_images, tidy, training_state
 from .saver import CheckpointHistory, CheckpointInterval, CheckpointSaver, claim
 from .sharding import full_model_state, load_whole

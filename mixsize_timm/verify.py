@@ -11,12 +11,12 @@ from .args import ARGS_FILE, read_yaml
 from .bn_stats import BatchNormStats, digest, fingerprint
 from .card import CALIBRATED, CARD_FILE, PLOT_FILE, eval_results
 from .checkpoint import MODEL_FILE
+from .curves import SIZES_FILE
 from .errors import UsageError, refusing
 from .export import check_tokens
 from .layout import CONFIG_FILE, is_pickle
 from .models import find_checkpoint
 from .provenance import read_run
-from .report import SIZES_FILE
 from .sizes import SizeProbe
 
 

@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from mixsize_timm.report import make_curves
+from mixsize_timm.curves import make_curves
 
 ROOT = Path(__file__).parents[1]
 

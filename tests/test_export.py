@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from mixsize_timm import calibrate_model, cli, evaluate, hub, load, train
 from mixsize_timm import export as exporting
 from mixsize_timm.bn_stats import BatchNormStats
+from mixsize_timm.curves import SIZES_FILE
 from mixsize_timm.export import HUB_FILES
-from mixsize_timm.report import SIZES_FILE
 
 CARD_TEMPLATE = Path(__file__).parents[1] / 'hub' / 'card.md.jinja'
 TWO = ['--mixsize-sizes', '32', '48']  # the base size and another; test_resnet has all four of its regime

@@ -9,17 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from mixsize_timm.curves import all_answers, answer_lines, compare, format_table, make_curves, size_range
 from mixsize_timm.plots import against_gmacs, against_size, pareto_front
-from mixsize_timm.report import (
-    REPORT_FILES,
-    all_answers,
-    answer_lines,
-    compare,
-    format_table,
-    make_curves,
-    size_range,
-    write_report,
-)
+from mixsize_timm.report import REPORT_FILES, write_report
 
 
 def checkpoint(name, top1, sizes=(16, 24, 32, 48), crop=None, training=None, calibrated=200, own=None):

@@ -5,8 +5,8 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from mixsize_timm.curves import Curve
 from mixsize_timm.plots import against_gmacs, against_size
-from mixsize_timm.report import Curve
 
 from .runs import read_results
 from .settings import CONTROL, Setting, make_arms

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from mixsize_timm.report import Curve, make_curves
+from mixsize_timm.curves import Curve, make_curves
 
 from .settings import CHEAP, CONTROL, Setting
 
