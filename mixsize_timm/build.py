@@ -4,6 +4,7 @@ import importlib
 import inspect
 import logging
 import os
+import platform
 from contextlib import suppress
 from typing import Any, Callable, Dict, Optional, Tuple
 
@@ -109,6 +110,10 @@ def _set_backend(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
     if accelerator.device.type == 'cpu':
+        in_bf16 = accelerator.mixed_precision == 'bf16' or args.model_dtype == 'bfloat16'
+        if in_bf16 and accelerator.is_main_process and not _fast_bf16():
+            _logger.warning('bf16 is many times slower than float32 on this processor, which has no AVX-512: leave out '
+                            '%s', '--model-dtype' if args.model_dtype == 'bfloat16' else '--mixed-precision and --amp')
         if args.sync_bn and accelerator.num_processes > 1:
             raise UsageError('--sync-bn needs GPUs: leave it out on the CPU')
         # launchers set one thread for each process where nobody says how many; a plain python does not
@@ -124,6 +129,12 @@ def _set_backend(args: argparse.Namespace, accelerator: Accelerator) -> None:
         with refusing(f'timm has no fuser {args.fuser!r}'):
             set_jit_fuser(args.fuser)
     set_fast_norm(args.fast_norm)
+
+
+def _fast_bf16() -> bool:
+    """Whether torch's library for convolutions takes bf16 on this processor, as far as is known."""
+    x86 = platform.machine().lower() in ('x86_64', 'amd64')
+    return not x86 or torch.backends.cpu.get_cpu_capability().startswith('AVX512')
 
 
 def create_task(args: argparse.Namespace, model: nn.Module, accelerator: Accelerator, data: Data

@@ -218,6 +218,25 @@ def test_bf16_is_not_emulated_and_tf32_not_asked_of_a_gpu_without_it(monkeypatch
                 build._check_accelerator(arguments(*argv), accelerator, precision)
 
 
+@pytest.mark.parametrize('capability, machine, slow', [
+    ('AVX2', 'x86_64', True), ('DEFAULT', 'AMD64', True), ('AVX512', 'x86_64', False), ('DEFAULT', 'arm64', False)])
+@pytest.mark.parametrize('argv, precision, leave_out', [
+    (['--mixed-precision', 'bf16'], 'bf16', '--mixed-precision and --amp'),
+    (['--model-dtype', 'bfloat16'], 'no', '--model-dtype'),
+    ([], 'no', '')])
+def test_bf16_on_a_processor_that_is_slow_at_it_is_said(
+        monkeypatch, caplog, capability, machine, slow, argv, precision, leave_out):
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    monkeypatch.setattr(build.platform, 'machine', lambda: machine)
+    for first in (True, False):
+        caplog.clear()
+        build._set_backend(arguments(*argv), on_cuda(
+            device=torch.device('cpu'), mixed_precision=precision, is_main_process=first))
+        assert caplog.messages == [
+            'bf16 is many times slower than float32 on this processor, which has no AVX-512: leave out '
+            f'{leave_out}'] * (slow and first and bool(leave_out))
+
+
 @pytest.mark.parametrize('argv, accelerator, message', [
     ([], dict(mixed_precision='fp16'), 'trains with fp16, not no'),
     ([], dict(parallelism_config=object()), 'parallelism_config is not supported'),
