@@ -195,9 +195,9 @@ def test_the_refusal_ends_the_command_with_exit_code_2(monkeypatch, capsys):
 # Precision and determinism
 
 
-def on_cuda(**kwargs):
+def an_accelerator(**kwargs):
     """What Accelerate gives on a GPU, as far as it is looked at."""
-    values = dict(device=torch.device('cuda'), num_processes=1, mixed_precision='no', scaler=None,
+    values = dict(device=torch.device('cuda'), num_processes=1, is_main_process=True, mixed_precision='no', scaler=None,
                   gradient_accumulation_steps=1, parallelism_config=None,
                   state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=build.DynamoBackend.NO)))
     return SimpleNamespace(**{**values, **kwargs})
@@ -210,7 +210,7 @@ def test_bf16_is_not_emulated_and_tf32_not_asked_of_a_gpu_without_it(monkeypatch
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'an old GPU')
     for argv, precision, message in ((['--mixed-precision', 'bf16'], 'bf16', 'an old GPU has no units for bf16'),
                                      (['--no-tf32'], 'no', 'there is no TF32')):
-        accelerator = on_cuda(mixed_precision=precision)
+        accelerator = an_accelerator(mixed_precision=precision)
         if units:
             build._check_accelerator(arguments(*argv), accelerator, precision)
         else:
@@ -230,7 +230,7 @@ def test_bf16_on_a_processor_that_is_slow_at_it_is_said(
     monkeypatch.setattr(build.platform, 'machine', lambda: machine)
     for first in (True, False):
         caplog.clear()
-        build._set_backend(arguments(*argv), on_cuda(
+        build._set_backend(arguments(*argv), an_accelerator(
             device=torch.device('cpu'), mixed_precision=precision, is_main_process=first))
         assert caplog.messages == [
             'bf16 is many times slower than float32 on this processor, which has no AVX-512: leave out '
@@ -243,12 +243,12 @@ def test_bf16_on_a_processor_that_is_slow_at_it_is_said(
     (['--device', 'cuda:1'], dict(num_processes=2), 'would be that of all 2 processes')])
 def test_what_was_not_asked_for_is_refused(argv, accelerator, message):
     with pytest.raises(UsageError, match=message):
-        build._check_accelerator(arguments(*argv), on_cuda(**accelerator), 'no')
+        build._check_accelerator(arguments(*argv), an_accelerator(**accelerator), 'no')
 
 
 @pytest.mark.parametrize('exact', [False, True])
 def test_tf32_is_on_for_products_and_convolutions_unless_left_out(exact):
-    build._set_backend(arguments(*['--no-tf32'] * exact), on_cuda())
+    build._set_backend(arguments(*['--no-tf32'] * exact), an_accelerator())
     assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == (not exact)
     assert torch.backends.cudnn.benchmark
 
@@ -264,7 +264,7 @@ def test_deterministic_algorithms_are_switched_on_before_the_device_starts(monke
     assert not torch.are_deterministic_algorithms_enabled() and 'CUBLAS_WORKSPACE_CONFIG' not in os.environ
     create_accelerator(arguments('--deterministic'))
     assert torch.are_deterministic_algorithms_enabled() and os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'
-    build._set_backend(arguments('--deterministic'), on_cuda())
+    build._set_backend(arguments('--deterministic'), an_accelerator())
     assert not torch.backends.cudnn.benchmark
 
 
@@ -297,5 +297,5 @@ def test_the_one_thread_of_a_launcher_becomes_the_cores_and_that_of_a_user_stays
     asked = []
     monkeypatch.setattr(torch, 'set_num_threads', asked.append)
     monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(6), raising=False)
-    build._set_backend(parse_args(['--device', 'cpu']), SimpleNamespace(device=torch.device('cpu'), num_processes=1))
+    build._set_backend(parse_args(['--device', 'cpu']), an_accelerator(device=torch.device('cpu')))
     assert asked == ([threads] if threads else [])
