@@ -295,17 +295,19 @@ def test_runs_of_other_images_are_not_compared(tmp_path, image_folder, runs, cap
     assert 'trained on other images' in capsys.readouterr().err
 
 
-def test_a_run_in_lower_precision_with_regularisation_and_two_views_is_measured_alike(tmp_path):
-    assert train.main(['--model', 'test_resnet', '-b', '256', '-j', '0', '--epochs', '1', '--calibrate', '2',
-                       '--calibrate-val', '1', '--model-dtype', 'bfloat16', '--mixsize-reg', '1', '--tta', '2',
-                       '--aa', 'rand-m9',
+def test_a_run_in_lower_precision_with_regularisation_and_two_views_is_measured_alike(tmp_path, image_folder):
+    # few images: bf16 is slow on processors without instructions for it
+    assert train.main(['--model', 'test_resnet', '--img-size', '48', '--data-dir', str(image_folder), '--num-classes',
+                       '2', '-b', '8', '-j', '0', '--epochs', '1', '--calibrate', '2', '--calibrate-val', '1',
+                       '--model-dtype', 'bfloat16', '--mixsize-reg', '1', '--tta', '2', '--aa', 'rand-m9',
                        '--mixsize-sizes', '24', '32', '48',  # at 16 px torch's bf16 gives NaN: docs/compatibility.md
                        '--output', str(tmp_path), '--experiment', 'run']) == 0
     closing = json.loads((tmp_path / 'run' / 'sizes.json').read_text())['checkpoints'][0]['results']
     for calibrated in ('2', 'kept'):
         again = measure(tmp_path / 'run', '--calibrate', calibrated, folder=tmp_path / calibrated)
         for row, other in zip(again['checkpoints'][0]['results'], closing):
-            assert row['top1'] == pytest.approx(other['top1'], abs=2 if calibrated == 'kept' else 0)
+            assert row['images'] == 8
+            assert row['top1'] == pytest.approx(other['top1'], abs=100 / 8 if calibrated == 'kept' else 0)
             assert row['loss'] == pytest.approx(other['loss'], rel=0.01)
 
 

@@ -32,9 +32,11 @@ def evidence():
             del sys.modules[name]
 
 
-def all_settings(evidence):
+@pytest.fixture(scope='module')
+def studied(evidence):
+    """Each setting with its arms."""
     settings = evidence('settings')
-    return [settings.Setting.read(name) for name in settings.Setting.names()]
+    return [(setting, settings.make_arms(setting)) for setting in map(settings.Setting.read, settings.Setting.names())]
 
 
 def machine(evidence, folder, **kwargs):
@@ -49,27 +51,26 @@ def run_of(arm, seed, accuracies, gmacs=(1., 2., 4.), training=10., regime='cifa
             'training': {'gmacs': training, 'seconds': 2 * training, 'steps': 5}}
 
 
-def test_every_arm_of_every_study_is_one_that_can_be_run(evidence):
-    for setting in all_settings(evidence):
-        arms = evidence('settings').make_arms(setting)
+def test_every_arm_of_every_study_is_one_that_can_be_run(evidence, studied):
+    for setting, arms in studied:
         studies = evidence('studies').make_studies(setting)
         used = {name for study in studies.values() for name in study.arms}
         assert used == set(arms)
         assert list(studies) == list(evidence('__main__').STUDIES)
 
 
-def test_every_command_of_training_is_taken_by_the_parser(evidence, tmp_path):
-    for setting in all_settings(evidence):
-        for name, arm in evidence('settings').make_arms(setting).items():
+def test_every_command_of_training_is_taken_by_the_parser(evidence, studied, tmp_path):
+    for setting, arms in studied:
+        for name, arm in arms.items():
             words = evidence('runs').training_command(setting, name, arm, 1, machine(evidence, tmp_path))
             args = parse_args(words[3:])
             assert (args.epochs, args.seed, args.experiment) == (arm.epochs, 1, f'{name}-1')
 
 
-def test_arms_of_equal_cost_take_as_many_operations_as_the_control(evidence, tmp_path):
+def test_arms_of_equal_cost_take_as_many_operations_as_the_control(evidence, studied, tmp_path):
     """To half an epoch, timm's to half a step an epoch; those of less cost no more than they may."""
-    for setting in all_settings(evidence):
-        for name, arm in evidence('settings').make_arms(setting).items():
+    for setting, arms in studied:
+        for name, arm in arms.items():
             words = evidence('runs').training_command(setting, name, arm, 1, machine(evidence, tmp_path))
             args = parse_args(words[3:])
             if args.train_img_sizes:
@@ -95,10 +96,10 @@ def test_arms_of_equal_cost_take_as_many_operations_as_the_control(evidence, tmp
                 assert sum(epochs) + max(epochs) > 0.4 * setting.budget
 
 
-def test_a_missing_run_is_made_and_one_that_is_there_is_not(evidence, tmp_path, monkeypatch):
-    runs, setting = evidence('runs'), all_settings(evidence)[0]
+def test_a_missing_run_is_made_and_one_that_is_there_is_not(evidence, studied, tmp_path, monkeypatch):
+    runs, (setting, arms) = evidence('runs'), studied[0]
     monkeypatch.setattr(runs, 'RESULTS', tmp_path / 'results')
-    arms = {'fixed': evidence('settings').make_arms(setting)['fixed']}
+    arms = {'fixed': arms['fixed']}
     called = []
     report = {'settings': {'command': 'c', 'machine': 'm', 'date': 'today'}, 'checkpoints': [
         {'model': 'n', 'num_params': 1, 'calibrated': 1, 'training': {}, 'results': [{'img_size': 16, 'top1': 50.}]}]}
@@ -123,17 +124,17 @@ def test_a_missing_run_is_made_and_one_that_is_there_is_not(evidence, tmp_path, 
 
 
 @pytest.mark.parametrize('code', [INTERRUPTED, STOPPED, -signal.SIGTERM, 128 + signal.SIGKILL])
-def test_a_training_that_was_stopped_or_killed_is_no_failure(evidence, tmp_path, monkeypatch, code):
-    runs, setting = evidence('runs'), all_settings(evidence)[0]
+def test_a_training_that_was_stopped_or_killed_is_no_failure(evidence, studied, tmp_path, monkeypatch, code):
+    runs, (setting, arms) = evidence('runs'), studied[0]
     monkeypatch.setattr(runs, 'RESULTS', tmp_path / 'results')
     monkeypatch.setattr(runs.Machine, 'call', lambda *_: code)
-    arms = {'fixed': evidence('settings').make_arms(setting)['fixed']}
+    arms = {'fixed': arms['fixed']}
     assert runs.run_all(setting, arms, [7, 8], machine(evidence, tmp_path)) == 2
     assert not (tmp_path / 'results').exists()
 
 
-def test_a_training_that_failed_is_a_result(evidence, tmp_path, monkeypatch):
-    runs, setting = evidence('runs'), all_settings(evidence)[0]
+def test_a_training_that_failed_is_a_result(evidence, studied, tmp_path, monkeypatch):
+    runs, (setting, arms) = evidence('runs'), studied[0]
     monkeypatch.setattr(runs, 'RESULTS', tmp_path / 'results')
 
     def call(self, command, log, kept_open):
@@ -141,15 +142,15 @@ def test_a_training_that_failed_is_a_result(evidence, tmp_path, monkeypatch):
         return 2
 
     monkeypatch.setattr(runs.Machine, 'call', call)
-    arms = {'fixed': evidence('settings').make_arms(setting)['fixed']}
+    arms = {'fixed': arms['fixed']}
     assert runs.run_all(setting, arms, [7], machine(evidence, tmp_path)) == 0
     assert 'not finite' in runs.read_results(setting, 'fixed')[0]['failed']
 
 
-def test_nothing_is_begun_when_the_time_is_over(evidence, tmp_path, monkeypatch):
-    runs, setting = evidence('runs'), all_settings(evidence)[0]
+def test_nothing_is_begun_when_the_time_is_over(evidence, studied, tmp_path, monkeypatch):
+    runs, (setting, arms) = evidence('runs'), studied[0]
     monkeypatch.setattr(runs.Machine, 'call', lambda *_: pytest.fail('it was begun'))
-    arms = {'fixed': evidence('settings').make_arms(setting)['fixed']}
+    arms = {'fixed': arms['fixed']}
     assert runs.run_all(setting, arms, [99, 98], machine(evidence, tmp_path, deadline=0.)) == 2
 
 
@@ -164,13 +165,13 @@ def test_a_run_is_stopped_in_time_and_told_so_gently(evidence, tmp_path):
     assert log.read_text() == 'begun\n' and limited.over
 
 
-def test_a_run_that_another_process_is_at_is_left_alone(evidence, tmp_path, monkeypatch, capsys):
-    runs, setting = evidence('runs'), all_settings(evidence)[0]
+def test_a_run_that_another_process_is_at_is_left_alone(evidence, studied, tmp_path, monkeypatch, capsys):
+    runs, (setting, arms) = evidence('runs'), studied[0]
     monkeypatch.setattr(runs.Machine, 'call', lambda *_: pytest.fail('it was begun'))
     (tmp_path / setting.name).mkdir()
     with runs._locked(tmp_path / setting.name / 'fixed-99.lock') as lock:
         child = subprocess.Popen([sys.executable, '-c', 'input()'], pass_fds=(lock,), stdin=subprocess.PIPE)
-    arms = {'fixed': evidence('settings').make_arms(setting)['fixed']}
+    arms = {'fixed': arms['fixed']}
     try:  # the child has it still
         assert runs.run_all(setting, arms, [99], machine(evidence, tmp_path)) == 1
     finally:
@@ -179,8 +180,8 @@ def test_a_run_that_another_process_is_at_is_left_alone(evidence, tmp_path, monk
 
 
 def answer(evidence, study, results):
-    setting = all_settings(evidence)[0]
-    setting = type(setting)(**{**vars(setting), 'base_size': 32, 'sizes': [16, 24, 32], 'specialists': [16, 24]})
+    settings = evidence('settings').Setting
+    setting = replace(settings.read(settings.names()[0]), base_size=32, sizes=[16, 24, 32], specialists=[16, 24])
     return evidence('studies').make_studies(setting)[study].answer(setting, results)
 
 
@@ -258,9 +259,9 @@ def test_a_part_is_judged_seed_by_seed(evidence, pairs):
     assert f'over {len(pairs)} seed' in line
 
 
-def test_the_page_has_every_number_with_its_arm(evidence, tmp_path, monkeypatch):
+def test_the_page_has_every_number_with_its_arm(evidence, studied, tmp_path, monkeypatch):
     page, runs, settings = evidence('page'), evidence('runs'), evidence('settings')
-    setting = all_settings(evidence)[0]
+    setting, _ = studied[0]
     monkeypatch.setattr(runs, 'RESULTS', tmp_path / 'results')
     monkeypatch.setattr(page, 'ROOT', tmp_path)
     monkeypatch.setattr(page, 'PAGE', tmp_path / 'results.md')

@@ -5,9 +5,9 @@ differ in the options named here and in the number of epochs, which follows from
 operations of training over those of the control.
 """
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import timm
 import yaml
@@ -86,7 +86,12 @@ class Setting:
 
     def gmacs(self, size: int) -> float:
         """Billions of multiply-accumulates of a forward pass of one image."""
-        return _gmacs(self.model, yaml.safe_dump(self.model_kwargs), size)
+        return self._gmacs(size)
+
+    @cached_property
+    def _gmacs(self) -> Callable[[int], float]:
+        model = timm.create_model(self.model, **self.model_kwargs)
+        return lru_cache(None)(lambda size: count_gmacs(model, (3, size, size)))
 
     def epoch_gmacs(self, regime: Regime, epoch: int = 0) -> float:
         """Those of all images of an epoch of a regime."""
@@ -98,11 +103,6 @@ class Setting:
         """Those of all images of the control."""
         steps = self.num_images // self.batch_size  # timm drops the last batch
         return self.epochs * steps * self.batch_size * self.gmacs(self.base_size)
-
-
-@lru_cache(None)
-def _gmacs(model: str, model_kwargs: str, size: int) -> float:
-    return count_gmacs(timm.create_model(model, **yaml.safe_load(model_kwargs)), (3, size, size))
 
 
 @dataclass(frozen=True)
