@@ -152,7 +152,8 @@ def _stated(argv: Optional[List[str]]) -> Set[str]:
     parser = build_parser()
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    return set(vars(parser.parse_args(argv)))
+    stated = vars(parser.parse_args(argv))
+    return {name for name, value in stated.items() if (name, value) != ('train_pad', 0)}  # which takes no place
 
 
 def _drop_overridden(layers: List[Dict[str, Any]], above: Set[str]) -> None:

@@ -23,6 +23,7 @@ def test_any_argument_overrides_the_recipe():
 
 def test_of_two_crops_the_command_lines_is_taken(tmp_path):
     assert parse_args(['--train-pad', '4']).scale == [0.08, 1.0]  # not that of the digits
+    assert parse_args(['--train-pad', '0']).scale == [0.7, 1.0]
     config = tmp_path / 'config.yaml'
     config.write_text('train_pad: 4')
     args = parse_args(['-c', str(config), '--ratio', '1', '1'])
