@@ -37,7 +37,6 @@ HfApi().upload_folder(repo_id='tester/model', folder_path=sys.argv[1])
 def serving():
     with pytest.MonkeyPatch.context() as patch, HubServer() as server:
         patch.setattr(huggingface_hub.constants, 'HF_HUB_DISABLE_XET', True)
-        patch.setattr(huggingface_hub.constants, 'ENDPOINT', server.endpoint)  # all that some releases look at
         yield server
 
 
