@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 from .regime import DROP_RULES, Regime
 
-SHUFFLED_AT_ONCE = 2**21  # images; of more, in so many parts, made of chunks of so many
+SHUFFLED_AT_ONCE = 2**21  # images, at most; more are dealt out to parts first, a chunk of images at a time
 PARTS = 256
 CHUNK = 2**18
 
