@@ -111,7 +111,7 @@ def _set_backend(args: argparse.Namespace, accelerator: Accelerator) -> None:
         torch.use_deterministic_algorithms(True)
     if accelerator.device.type == 'cpu':
         in_bf16 = accelerator.mixed_precision == 'bf16' or args.model_dtype == 'bfloat16'
-        if in_bf16 and accelerator.is_main_process and not _fast_bf16():
+        if in_bf16 and accelerator.is_main_process and not has_fast_bf16():
             _logger.warning('bf16 is many times slower than float32 on this processor, which has no AVX-512: leave out '
                             '%s', '--model-dtype' if args.model_dtype == 'bfloat16' else '--mixed-precision and --amp')
         if args.sync_bn and accelerator.num_processes > 1:
@@ -131,7 +131,7 @@ def _set_backend(args: argparse.Namespace, accelerator: Accelerator) -> None:
     set_fast_norm(args.fast_norm)
 
 
-def _fast_bf16() -> bool:
+def has_fast_bf16() -> bool:
     """Whether torch's library for convolutions takes bf16 on this processor, as far as is known."""
     x86 = platform.machine().lower() in ('x86_64', 'amd64')
     return not x86 or torch.backends.cpu.get_cpu_capability().startswith('AVX512')

@@ -1,17 +1,21 @@
 """The studies' own arithmetic and commands; what they measure is not measured here."""
 import importlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from mixsize_timm.args import make_regime, parse_args
 from mixsize_timm.errors import INTERRUPTED, STOPPED
@@ -44,11 +48,12 @@ def machine(evidence, folder, **kwargs):
                                        'device': 'cpu', 'deadline': None, **kwargs})
 
 
-def run_of(arm, seed, accuracies, gmacs=(1., 2., 4.), training=10., regime='cifar'):
+def run_of(arm, seed, accuracies, gmacs=(1., 2., 4.), training=10., regime='cifar', through=''):
     rows = [{'img_size': size, 'top1': value, 'top1_uncalibrated': value - 1, 'gmacs': cost}
             for size, value, cost in zip((16, 24, 32), accuracies, gmacs)]
     return {'title': arm, 'seed': seed, 'results': rows, 'calibrated': 1, 'options': {'mixsize': regime, 'epochs': 3},
-            'training': {'gmacs': training, 'seconds': 2 * training, 'steps': 5}}
+            'training': {'gmacs': training, 'seconds': 2 * training, 'steps': 5},
+            'commands': [f'python -m {through} mixsize_timm.train']}
 
 
 def test_every_arm_of_every_study_is_one_that_can_be_run(evidence, studied):
@@ -63,7 +68,7 @@ def test_every_command_of_training_is_taken_by_the_parser(evidence, studied, tmp
     for setting, arms in studied:
         for name, arm in arms.items():
             words = evidence('runs').training_command(setting, name, arm, 1, machine(evidence, tmp_path))
-            args = parse_args(words[3:])
+            args = parse_args(words[words.index('mixsize_timm.train') + 1:])
             assert (args.epochs, args.seed, args.experiment) == (arm.epochs, 1, f'{name}-1')
 
 
@@ -72,7 +77,7 @@ def test_arms_of_equal_cost_take_as_many_operations_as_the_control(evidence, stu
     for setting, arms in studied:
         for name, arm in arms.items():
             words = evidence('runs').training_command(setting, name, arm, 1, machine(evidence, tmp_path))
-            args = parse_args(words[3:])
+            args = parse_args(words[words.index('mixsize_timm.train') + 1:])
             if args.train_img_sizes:
                 step = sum(p * batch * setting.gmacs(size) for p, batch, size in zip(
                     args.train_size_probs or [1 / len(args.train_img_sizes)] * len(args.train_img_sizes),
@@ -100,6 +105,7 @@ def test_a_missing_run_is_made_and_one_that_is_there_is_not(evidence, studied, t
     runs, (setting, arms) = evidence('runs'), studied[0]
     monkeypatch.setattr(runs, 'RESULTS', tmp_path / 'results')
     arms = {'fixed': arms['fixed']}
+    monkeypatch.setattr(runs, 'has_fast_bf16', lambda: True)
     called = []
     report = {'settings': {'command': 'c', 'machine': 'm', 'date': 'today'}, 'checkpoints': [
         {'model': 'n', 'num_params': 1, 'calibrated': 1, 'training': {}, 'results': [{'img_size': 16, 'top1': 50.}]}]}
@@ -223,8 +229,60 @@ def test_nothing_is_decided_by_two_seeds(evidence):
 def test_cheaper_training_needs_both_the_accuracy_and_the_cost(evidence):
     for accuracy, cost, met in ((70, 4, True), (69, 4, False), (70, 5, False)):
         results = {'fixed': of('fixed', 40, 60, 70), 'small-bplus-cheap': of('B+', 40, accuracy, 50, training=cost)}
-        line, = answer(evidence, 'training', results)
+        line, _ = answer(evidence, 'training', results)
         assert line.endswith('Met.' if met else '**Not met.**'), line
+
+
+def test_times_of_runs_whose_bf16_is_computed_in_float32_are_left_out(evidence):
+    through = evidence('runs').IN_FLOAT32
+    results = {arm: [run_of(arm, 1, (50., 60., 70.), training=native),
+                     run_of(arm, 2, (50., 60., 70.), training=90., through=through)]
+               for arm, native in (('fixed', 10.), ('bplus', 12.))}
+    results['timm'] = results['fixed'][1:]
+    times = [evidence('studies').times_as_long(name, results) for name in results]
+    assert times == ['1.00', '1.20', '–']
+
+
+@pytest.mark.parametrize('fast', [True, False])
+def test_training_goes_through_float32_only_where_bf16_is_asked_for_and_slow(evidence, studied, tmp_path, monkeypatch,
+                                                                             fast):
+    runs = evidence('runs')
+    monkeypatch.setattr(runs, 'has_fast_bf16', lambda: fast)
+    for setting, arms in studied:
+        for device in ('cpu', 'cuda'):
+            place = machine(evidence, tmp_path, device=device)
+            words = runs.training_command(setting, 'fixed', arms['fixed'], 1, place)
+            wanted = setting.arguments.get('amp_dtype') == 'bfloat16' and device == 'cpu' and not fast
+            assert (runs.IN_FLOAT32 in words) == wanted, (setting.name, device)
+
+
+def test_bf16_in_float32_rounds_as_bf16_does(evidence):
+    """Nearer to a processor's bf16, by an order of magnitude, than float32 is; and bf16 it stays."""
+    def gradient(mode, in_bf16):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(),
+                              nn.Linear(128, 10))
+        with mode, torch.autocast('cpu', dtype=torch.bfloat16, enabled=in_bf16):
+            out = model(torch.randn(8, 3, 8, 8))
+            assert out.dtype == (torch.bfloat16 if in_bf16 else torch.float32)
+            out.float().square().mean().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    true, rounded, wide = (gradient(mode, in_bf16) for mode, in_bf16 in (
+        (nullcontext(), True), (evidence('bf16').Bf16InFloat32(), True), (nullcontext(), False)))
+    assert (rounded - true).norm() < 0.2 * (wide - true).norm()
+
+
+def test_a_module_is_run_in_that_way_with_its_own_arguments_and_exit_code(tmp_path):
+    command = [sys.executable, '-m', 'benchmarks.evidence.bf16']
+    (tmp_path / 'module_of_mine.py').write_text(
+        'import sys, torch\nfrom torch.utils._python_dispatch import _get_current_dispatch_mode as mode\n'
+        'print(__name__, sys.argv[1:], type(mode()).__name__)\nsys.exit(7)\n')
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), str(tmp_path)])}
+    done = subprocess.run([*command, 'module_of_mine', '--a', '1'], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (7, "__main__ ['--a', '1'] Bf16InFloat32")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith('usage: ')
 
 
 def test_resilience_compares_each_size_with_its_own_specialist(evidence):
@@ -276,7 +334,7 @@ def test_the_page_has_every_number_with_its_arm(evidence, studied, tmp_path, mon
             rows = [{'img_size': size, 'top1': base + seed, 'top1_uncalibrated': 5., 'gmacs': float(size)}
                     for size in setting.sizes]
             (folder / f'{arm}-{seed}.json').write_text(json.dumps({
-                'title': arm, 'seed': seed, 'results': rows, 'calibrated': 1, **place,
+                'title': arm, 'seed': seed, 'results': rows, 'calibrated': 1, **place, 'commands': ['train'],
                 'options': {'mixsize': 'off', 'epochs': 3},
                 'training': {'gmacs': 1., 'seconds': 2., 'steps': 3}}))
     (folder / 'timm-1.json').write_text(json.dumps({'title': 'timm', 'seed': 1, 'failed': 'no memory', **place}))

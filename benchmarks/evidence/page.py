@@ -21,6 +21,7 @@ from .studies import (
     make_studies,
     mean_top1,
     over_seeds,
+    times_as_long,
     top1,
 )
 
@@ -39,7 +40,7 @@ MixSize batch norm is calibrated for each size; a model that was trained at one 
 given the better of calibrated and own statistics at each size. Settings were not chosen on the images that are measured
 on, but best and matching sizes are read off the same means. Costs are over those of the control, the model trained at
 one size: operations are multiply-accumulates, times are of training steps with their loading, on machines that did
-other work beside.
+other work beside, and only of runs whose processor has bf16.
 """
 
 
@@ -85,7 +86,7 @@ def _overview(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> str:
         match = fewer_operations(curve, control, setting.base_size)
         rows.append([arm.title, str(len(runs)), over_seeds(runs, lambda run, size=best: top1(run, size)), f'{best} px',
                      over_seeds(runs, lambda run: top1(run, setting.base_size)), over_seeds(runs, mean_top1),
-                     *(f'{curve.training[key] / control.training[key]:.2f}' for key in ('gmacs', 'seconds')),
+                     f'{curve.training["gmacs"] / control.training["gmacs"]:.2f}', times_as_long(name, results),
                      f'{match[0]} px, {match[1]:.2f}' if match else 'none'])
     header = ['arm', 'seeds', 'best top-1', 'at', f'top-1 at {setting.base_size} px', 'mean over sizes',
               'operations of training', 'time of training',

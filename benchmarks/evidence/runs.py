@@ -16,11 +16,13 @@ from typing import Any, Dict, Iterator, List, Optional
 
 from benchmarks.common import HERE as BENCHMARKS
 from benchmarks.common import commit
+from mixsize_timm.build import has_fast_bf16
 from mixsize_timm.errors import INTERRUPTED, STOPPED
 
 from .settings import Arm, Setting
 
 RESULTS = BENCHMARKS / 'results' / 'evidence'
+IN_FLOAT32 = 'benchmarks.evidence.bf16'  # what training runs through where the processor has no bf16
 STOP_SECONDS = 60  # that a stopped training has to save
 
 
@@ -197,7 +199,9 @@ def training_options(setting: Setting, arm: Arm) -> Dict[str, Any]:
 
 def training_command(setting: Setting, name: str, arm: Arm, seed: int, machine: Machine) -> List[str]:
     """The command of a training, which goes on where one was begun."""
-    return [sys.executable, '-m', 'mixsize_timm.train', *to_words({
+    in_bf16 = setting.arguments.get('amp_dtype') == 'bfloat16' and machine.device == 'cpu'
+    through = [IN_FLOAT32] if in_bf16 and not has_fast_bf16() else []
+    return [sys.executable, '-m', *through, 'mixsize_timm.train', *to_words({
         'dataset': f'hfds/{machine.data}/{setting.data}', **training_options(setting, arm), 'val_split': '',
         'calibrate': 0, 'seed': seed, 'device': machine.device, 'output': machine.work / setting.name,
         'experiment': f'{name}-{seed}', 'resume': 'auto'})]

@@ -5,6 +5,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from mixsize_timm.curves import Curve, make_curves
 
+from .runs import IN_FLOAT32
 from .settings import CHEAP, CONTROL, Setting
 
 WITHIN = 1.  # point of accuracy: what counts as equal in the study of resilience
@@ -70,6 +71,13 @@ def mean_top1(run: Dict[str, Any], key: str = 'top1') -> float:
     return mean(row[key] for row in run['results'])
 
 
+def times_as_long(name: str, results: Results) -> str:
+    """Time of training of an arm over the control's, of runs with bf16 of the processor; in words for the page."""
+    of_arm, of_control = ([run['training']['seconds'] for run in results[arm] if IN_FLOAT32 not in run['commands'][0]]
+                          for arm in (name, CONTROL))
+    return f'{mean(of_arm) / mean(of_control):.2f}' if of_arm and of_control else '–'
+
+
 def fewer_operations(curve: Curve, control: Curve, base_size: int) -> Optional[Tuple[int, float]]:
     """The smallest size with the control's best accuracy, and how many times fewer operations it takes.
 
@@ -121,10 +129,16 @@ def _better_accuracy(setting: Setting, curve: Curve, control: Curve) -> str:
 
 def _cheaper_training(setting: Setting, curve: Curve, control: Curve) -> str:
     reached = curve.value[curve.best] >= control.value[control.best]
-    gmacs, seconds = (curve.training[key] / control.training[key] for key in ('gmacs', 'seconds'))
+    gmacs = curve.training['gmacs'] / control.training['gmacs']
     return (f'{_best(curve)}, {"at least" if reached else "less than"} the {_best(control)} of {control.label}, with '
-            f'{1 / gmacs:.2f} times fewer operations of training, in {seconds:.2f} times its time. '
+            f'{1 / gmacs:.2f} times fewer operations of training. '
             f'{_verdict(reached and gmacs <= CHEAP, curve, control)}')
+
+
+def _training(setting: Setting, results: Results) -> List[str]:
+    lines = _each(_CHEAP, _cheaper_training)(setting, results)
+    times = [f'{results[name][0]["title"]} {times_as_long(name, results)}' for name in _CHEAP if results.get(name)]
+    return lines + ([f'Time of training over the control\'s: {", ".join(times)}.'] if lines else [])
 
 
 def _resilience(name: str) -> Callable[[Setting, Results], List[str]]:
@@ -219,7 +233,7 @@ def make_studies(setting: Setting) -> Dict[str, Study]:
             'Cheaper training',
             'Whether a regime of small mean size reaches the accuracy of the fixed-size model, with so many times '
             f'fewer operations of training: at least {1 / CHEAP:g}. The fixed-size model with as few is beside it.',
-            (CONTROL, *_CHEAP), _each(_CHEAP, _cheaper_training)),
+            (CONTROL, *_CHEAP), _training),
         'resilience': Study(
             'Resilience',
             'One D+ model beside models trained at one size each, at equal cost. Aim: within 1 point of every one of '
