@@ -19,7 +19,7 @@ from .regularization import SizeRegularization
 from .sampler import DealtBatchSampler, Group, MixSizeBatchSampler
 from .streaming import WINDOW, StreamBatches, StreamLoader, num_images
 from .transforms import Box, TensorTransform, pad_crop
-from .workers import Heartbeats, Read, WatchedLoader, WorkerError, read_batch
+from .workers import Read, Watched, WatchedLoader, WorkerError, read_batch
 
 _OF_TIMMS_SAMPLERS = (
     'input_size_choices', 'batch_size_choices', 'batch_choice_weights', 'batch_schedule_epochs', 'num_batches',
@@ -116,7 +116,7 @@ class BatchMaker:
         return drawn[2] if drawn is not None and drawn[:2] == (number, size) else None
 
 
-class MixSizeDataset(Dataset):
+class MixSizeDataset(Watched, Dataset):
     """Answers a :class:`~mixsize_timm.sampler.Group` with its batch.
 
     Args:
@@ -126,9 +126,8 @@ class MixSizeDataset(Dataset):
     """
 
     def __init__(self, dataset: ReadableDataset, maker: BatchMaker, num_workers: int = 0) -> None:
-        self.dataset = dataset
+        super().__init__(dataset, num_workers)
         self.maker = maker
-        self.heartbeats = Heartbeats(num_workers)
 
     def __getitems__(self, group: Group) -> Read:
         """The batch, and what could not be read for it.
@@ -144,18 +143,13 @@ class MixSizeDataset(Dataset):
         assert group.images is not None
         for index in group.images.tolist():
             with self.heartbeats.at(index):
-                picture, target, bad = self.dataset.read(
+                picture, target, bad = self.source.read(
                     index, self.maker.seed, group.epoch, part=partial(self.maker.part, group, index))
                 bad_images.update(bad)
                 yield picture, target, index
 
     def __len__(self) -> int:
-        return len(self.dataset)
-
-    def place(self, worker: int) -> str:
-        """Words for the image that a worker is at, if any."""
-        index = self.heartbeats[worker][1]
-        return f' at image {self.dataset.name(index)}' if index >= 0 else ''
+        return len(self.source)
 
 
 class _Batch:

@@ -51,7 +51,7 @@ from .datasets import (
 from .errors import UsageError, check_writable, refusing, run_command
 from .images import of_8_bits, unreadable
 from .parser import Parser, build_parser
-from .workers import Heartbeats, Read, WatchedLoader, WorkerError
+from .workers import Read, Watched, WatchedLoader, WorkerError
 
 _logger = logging.getLogger(__name__)
 
@@ -251,14 +251,13 @@ class EncodedDataset(ReadableDataset):
         _logger.warning('Cannot read image %s, it is left out: %s', name, reason)
 
 
-class PreparedDataset(Dataset):
+class PreparedDataset(Watched, Dataset):
     """Answers indices with the prepared images, ``None`` for those that cannot be read: what the workers do."""
 
     def __init__(self, dataset: EncodedDataset, short_side: int, quality: int, num_workers: int) -> None:
-        self.dataset = dataset
+        super().__init__(dataset, num_workers)
         self.short_side = short_side
         self.quality = quality
-        self.heartbeats = Heartbeats(num_workers)
 
     def __getitems__(self, indices: Sequence[int]) -> Read:
         bad_images: Dict[int, Tuple[str, str]] = {}
@@ -266,22 +265,17 @@ class PreparedDataset(Dataset):
         for index in map(int, indices):
             with self.heartbeats.at(index):
                 try:
-                    source, target = self.dataset.encoded(index)
+                    source, target = self.source.encoded(index)
                     data, kept = shrink(source, self.short_side, self.quality)
-                    items.append(Prepared(data, target, self.dataset.name(index),
+                    items.append(Prepared(data, target, self.source.name(index),
                                           len(source) if isinstance(source, bytes) else None, kept))
                 except Exception as error:  # PIL raises errors of every kind for broken files
-                    bad_images[index] = self.dataset.name(index), unreadable(error)
+                    bad_images[index] = self.source.name(index), unreadable(error)
                     items.append(None)
         return Read(items, bad_images)
 
     def __len__(self) -> int:
-        return len(self.dataset)
-
-    def place(self, worker: int) -> str:
-        """Words for the image that a worker is at, if any."""
-        index = self.heartbeats[worker][1]
-        return f' at image {self.dataset.name(index)}' if index >= 0 else ''
+        return len(self.source)
 
 
 def _collated(batch: Any) -> Any:

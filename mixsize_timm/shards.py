@@ -128,6 +128,10 @@ class Shards(ABC):
         """Words for a record, given its index."""
         return f'number {index & 0xFFFFFFFF} of shard {self.names[index >> 32]}'
 
+    def report(self, index: int, name: str, reason: str) -> None:
+        """Warn of an image that cannot be read."""
+        _logger.warning('Cannot read image %s, another one takes its place: %s', name, reason)
+
     def records(self, shard: int, first: int = 0, last: Optional[int] = None, at: At = nowhere
                 ) -> Generator[Tuple[int, Record], None, int]:
         """Numbers and records of a shard, from one on and up to another, which is not among them.

@@ -25,7 +25,7 @@ from .datasets import BadImagesError
 from .images import OpenedImage, Picture, unreadable
 from .sampler import EpochPlan, Group, MixSizeBatchSampler
 from .shards import At, HuggingFaceShards, IterableShards, Record, Shards, nowhere, parquet_shards, tar_shards
-from .workers import Heartbeats, Read, WatchedLoader, WorkerError, read_batch
+from .workers import Read, Watched, WatchedLoader, WorkerError, read_batch
 
 _logger = logging.getLogger(__name__)
 
@@ -288,7 +288,7 @@ class ShardReader:
             image, target = _first_readable(self.shards, window, slot, bad_images,
                                             lambda image: OpenedImage(image, self.input_img_mode).pil())
             for index in bad_images.keys() - reported.keys():
-                _logger.warning('Cannot read image %s, another one takes its place: %s', *bad_images[index])
+                self.shards.report(index, *bad_images[index])
             reported.update(bad_images)
             yield image, target
 
@@ -326,7 +326,7 @@ def _first_readable(shards: Shards, window: Window, slot: int, bad_images: BadIm
     raise BadImagesError(f'{len(bad_images)} images in a row cannot be read, the last one {name}: {reason}', bad_images)
 
 
-class StreamBatches(IterableDataset):
+class StreamBatches(Watched, IterableDataset):
     """The batches of a plan from data that stream.
 
     A data worker ``w`` of ``W`` makes the groups ``g`` with ``g % W == w``, which torch's loader takes in turn: so all
@@ -342,20 +342,19 @@ class StreamBatches(IterableDataset):
 
     def __init__(self, dataset: Any, maker: Any, sampler: MixSizeBatchSampler, num_workers: int = 0,
                  window: int = WINDOW) -> None:
-        self.dataset = self  # a watched loader asks it to report
-        self.shards, self.mode, self.target_transform = _source(dataset)
+        shards, self.mode, self.target_transform = _source(dataset)
+        super().__init__(shards, num_workers)
         self.maker = maker
         self.sampler = sampler
-        self.window = DECODED_WINDOW if self.shards.divides_itself else window
+        self.window = DECODED_WINDOW if self.source.divides_itself else window
         self.num_workers = max(1, num_workers)
-        self.heartbeats = Heartbeats(num_workers)
         self._position = RawArray('q', 3)  # epoch, first step, whether mixup is on: workers may outlive an epoch
         self._restarts = RawArray('q', self.num_workers)
         parts = self.num_workers * sampler.world_size
-        if len(self.shards.names) < parts and not self.shards.divides_itself:
+        if len(self.source.names) < parts and not self.source.divides_itself:
             _logger.warning(
                 '%d shards for %d data workers (%d of each of %d processes): several read the same shard and leave out '
-                "the others' records; use fewer --workers, or write at least %d shards", len(self.shards.names), parts,
+                "the others' records; use fewer --workers, or write at least %d shards", len(self.source.names), parts,
                 self.num_workers, sampler.world_size, parts)
 
     def start(self) -> None:
@@ -372,8 +371,8 @@ class StreamBatches(IterableDataset):
     @property
     def identity(self) -> bytes:
         """Stands for what is streamed, wherever it lies: if it is another, a position in an epoch means nothing."""
-        names = [os.path.basename(name) for name in self.shards.names]
-        lengths = self.shards.lengths.tolist() if self.shards.lengths is not None else None
+        names = [os.path.basename(name) for name in self.source.names]
+        lengths = self.source.lengths.tolist() if self.source.lengths is not None else None
         return hashlib.sha256(repr((names, lengths, self.window)).encode()).digest()
 
     @property
@@ -395,8 +394,8 @@ class StreamBatches(IterableDataset):
         own = worker.id if worker is not None else 0
         turn = (plan.first_group(first_step) + own) % workers
         part, used = part_of(plan, first_step, sampler.rank, sampler.world_size, turn, workers)
-        self.shards.set_epoch(epoch)
-        reader = PartReader(self.shards, part, self.maker.seed, self.window, self.heartbeats.at)
+        self.source.set_epoch(epoch)
+        reader = PartReader(self.source, part, self.maker.seed, self.window, self.heartbeats.at)
         slots = reader.slots(used)
         for group in islice(plan.groups(sampler.rank, sampler.world_size, first_step), own, None, workers):
             yield self._read(group._replace(mixup=bool(mixup)), slots)
@@ -417,17 +416,8 @@ class StreamBatches(IterableDataset):
         for number in group.images.tolist():
             window, slot = next(slots)
             with self.heartbeats.at(window[slot % len(window)][0]):
-                picture, target = _first_readable(self.shards, window, slot, bad_images, decode)
+                picture, target = _first_readable(self.source, window, slot, bad_images, decode)
                 yield picture, target if self.target_transform is None else self.target_transform(target), number
-
-    def place(self, worker: int) -> str:
-        """Words for the image that a worker is at, if any."""
-        index = self.heartbeats[worker][1]
-        return f' at image {self.shards.name(index)}' if index >= 0 else ''
-
-    def report(self, index: int, name: str, reason: str) -> None:
-        """Warn of an image that cannot be read."""
-        _logger.warning('Cannot read image %s, another one takes its place: %s', name, reason)
 
 
 class StreamLoader(WatchedLoader):

@@ -126,11 +126,34 @@ class Heartbeats:
         return self._count[worker], self._index[worker]
 
 
+class Watched:
+    """What a :class:`WatchedLoader` asks of its data set, besides :class:`Read` batches.
+
+    Args:
+        source: Where the images come from: it has their ``name(index)``, and ``report(index, name, reason)`` warns of
+            one that cannot be read.
+        num_workers: Number of workers that make batches.
+
+    Attributes:
+        source: As given.
+        heartbeats: What each worker is at.
+    """
+
+    def __init__(self, source: Any, num_workers: int) -> None:
+        self.source = source
+        self.heartbeats = Heartbeats(num_workers)
+
+    def place(self, worker: int) -> str:
+        """Words for the image that a worker is at, if any."""
+        index = self.heartbeats[worker][1]
+        return f' at image {self.source.name(index)}' if index >= 0 else ''
+
+
 class WatchedLoader(DataLoader):
     """torch's ``DataLoader`` of :class:`Read` batches, which it strips; its workers are watched.
 
     Args:
-        dataset: Data set with ``__getitems__`` that gives a :class:`Read`, such as
+        dataset: A :class:`Watched` data set that gives :class:`Read` batches, such as
             :class:`~mixsize_timm.data.MixSizeDataset`.
         max_bad_images: Part of the data set's images that may be unreadable, in [0, 1].
         worker_timeout: Seconds, while a batch is waited for, in which a worker that is at an image must be done with
@@ -212,7 +235,7 @@ class WatchedLoader(DataLoader):
         for index, (name, reason) in read.bad_images.items():
             if index not in self.bad_images:
                 self.bad_images[index] = name, reason
-                self.dataset.dataset.report(index, name, reason)
+                self.dataset.source.report(index, name, reason)
         total = len(self.dataset)
         if len(self.bad_images) > self.max_bad_images * total:
             first = ', '.join(name for name, _ in list(self.bad_images.values())[:5])

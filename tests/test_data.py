@@ -56,7 +56,7 @@ def test_shapes_follow_the_plan_and_duplicates_are_image_major():
 def test_an_image_is_decoded_once_for_all_its_duplicates():
     dataset = Counting()
     loader = loader_of(dataset)
-    reads = loader.dataset.dataset.reads
+    reads = loader.dataset.source.reads
     sum(1 for _ in loader)
     assert len(reads) == len(set(reads)) == 60 - loader.batch_sampler.plan.dropped
 

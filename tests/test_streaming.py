@@ -371,7 +371,7 @@ def test_hugging_face_streams_are_read_undecoded_shard_by_shard(tmp_path):
     dataset = create_dataset(f'hfids/{tmp_path}', split='train', is_training=True, num_samples=30,
                              root=str(tmp_path / 'cache'))
     loader = loader_of(dataset, num_workers=2, persistent_workers=True)
-    assert all(record.image[:4] == b'\x89PNG' for _, record in loader.dataset.shards.records(1))
+    assert all(record.image[:4] == b'\x89PNG' for _, record in loader.dataset.source.records(1))
     batches = batches_of(loader)
     assert sum(len(targets) for _, targets, _ in batches) == loader.batch_sampler.plan.batch.sum()
     assert loader.dataset.restarts  # one of two workers has one shard of three
