@@ -403,8 +403,8 @@ def tar_shards(root: str, split: str, num_images: Optional[int] = None, *, class
         num_images = num_images or splits[split].get('num_samples')
     else:
         there = f'splits {", ".join(splits)}' if splits else f'no {" or ".join(_INFO_FILES)} with splits'
-        raise ValueError(f'no split {split!r} at {root!r}, there is {there}: name one, or the files as in '
-                         '"train-{000..127}.tar|N" for N images')
+        raise ValueError(f'no split {split!r} in {root or os.curdir!r}, there is {there}: check --data-dir, name a '
+                         'split, or the files as in "train-{000..127}.tar|N" for N images')
     lengths = [known[file] for file in files] if all(file in known for file in files) else None
     key = target_key or label or 'cls'
     names = info.get('class_names') or () if key == 'cls' else ()  # as `mixsize prepare` writes them
@@ -438,7 +438,7 @@ def parquet_shards(root: str, split: str, num_images: Optional[int] = None, *, i
                  for place in ('', 'data/') for pattern in patterns)
         paths = [system.unstrip_protocol(path) if '://' in root else path for path in next(filter(None, found), [])]
         if not paths:
-            raise FileNotFoundError(f'no {split}-*.parquet at {root!r}: check --data-dir and the split')
+            raise FileNotFoundError(f'no {split}-*.parquet in {root or os.curdir!r}: check --data-dir and the split')
     return ParquetShards(paths, num_images, input_key or 'image', target_key or 'label', **kwargs)
 
 

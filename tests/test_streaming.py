@@ -277,7 +277,7 @@ def test_splits_are_named_as_timm_names_them(tmp_path):
     assert tar_shards(folder, 'train-{01..02}.tar').num_images == 9
     assert tar_shards(folder, 'train-00.tar::train-02.tar|7').num_images == 7
     assert tar_shards(folder, 'train', 5).num_images == 5
-    with pytest.raises(ValueError, match="no split 'test' at .*there is splits train"):
+    with pytest.raises(ValueError, match="no split 'test' in .*there is splits train"):
         tar_shards(folder, 'test')
     with pytest.raises(FileNotFoundError, match='train-03.tar does not exist, 1 of 2'):
         tar_shards(folder, 'train-{02..03}.tar')
