@@ -408,6 +408,7 @@ def create_calibration_loader(
         train_pad: int = 0,
         scaled_decoding: bool = False,
         worker_timeout: float = 45.,
+        is_training: bool = True,
         **kwargs: Any,
 ) -> Any:
     """A loader of training images at one size for :func:`~mixsize_timm.calibration.calibrate`.
@@ -425,7 +426,9 @@ def create_calibration_loader(
         train_pad: As for :func:`create_loader`.
         scaled_decoding: As for :func:`create_loader`.
         worker_timeout: As for :func:`create_loader`. Any number of images may be unreadable here.
-        **kwargs: Every other argument of ``timm.data.create_loader`` for a training loader.
+        is_training: Augment the images as in training, as the paper does; otherwise they are prepared as in evaluation,
+            and may be oblong.
+        **kwargs: Every other argument of ``timm.data.create_loader``.
 
     Returns:
         A loader of images ``[B, C, S, S]`` and targets ``[B]``.
@@ -434,7 +437,8 @@ def create_calibration_loader(
     size = input_size[-1]
     sampler = DealtBatchSampler(len(dataset), size, batch_size, num_batches, seed, rank, world_size)
     return _loader_of_groups(dataset, input_size, (size,), sampler, seed, SizeRegularization(0, size),
-                             scaled_decoding, train_pad, kwargs, worker_timeout=worker_timeout)
+                             scaled_decoding, train_pad, {**kwargs, 'is_training': is_training},
+                             worker_timeout=worker_timeout)
 
 
 def _loader_of_groups(dataset: Any, input_size: Any, sizes: Sequence[int], sampler: Any, seed: int,
@@ -479,18 +483,19 @@ def _loader_of_groups(dataset: Any, input_size: Any, sizes: Sequence[int], sampl
 
 def _like_timms(dataset: Any, input_size: Any, sizes: Sequence[int], seed: int, regularization: SizeRegularization,
                 scaled_decoding: bool, train_pad: int, kwargs: Dict[str, Any]) -> Tuple[Any, BatchMaker]:
-    """timm's own loader of scheduled sizes, and what makes the batches as its transforms and collation do."""
+    """timm's own loader, and what makes the batches as its transforms and collation do."""
     device = kwargs.setdefault('device', torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
     if device.type == 'cuda':
         kwargs['pin_memory'] = True  # else copies to the device would wait for one another
+    is_training = kwargs.get('is_training', True)
     transforms: Dict[int, TensorTransform] = {}
     for size in sizes:
         scaled = regularization.augmentation(size, kwargs.get('auto_augment'), kwargs.get('color_jitter', 0.4))
+        scheduled: Dict[str, Any] = dict(input_size_choices=(size,), num_batches=1) if is_training else {}
         template = timm.data.create_loader(
-            dataset, input_size, 1, input_size_choices=(size,), num_batches=1,
-            **{**kwargs, **scaled, 'is_training': True})
+            copy.copy(dataset), input_size, 1, **scheduled, **{**kwargs, **scaled, 'is_training': is_training})
         inner: Any = template.loader if isinstance(template, PrefetchLoader) else template
-        timms = inner.dataset.transforms[0]
+        timms = inner.dataset.transforms[0] if is_training else inner.dataset.transform
         if train_pad:
             _pad_crop(timms, train_pad, kwargs)
         transforms[size] = TensorTransform(timms)

@@ -221,7 +221,8 @@ class Evaluation:
             **identity, 'calibrated': calibrated,
             'training': training_cost(model, cost, data.channels,
                                       {data.shape(row['img_size']): row['gmacs'] for row in results}),
-            'data': {**data.to_dict(), 'moving average': 'where there is one' if found.use_ema else 'no'},
+            'data': {**data.to_dict(bool(self._counted and calibrated)),
+                     'moving average': 'where there is one' if found.use_ema else 'no'},
             'results': results}
 
     def _measure_sizes(self, name: str, model: nn.Module, data: EvaluationData, sizes: Tuple[int, ...],

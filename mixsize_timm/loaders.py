@@ -96,13 +96,18 @@ class EvaluationData:
         """Validation images; of data that stream the number is not known beforehand."""
         return None if isinstance(self.validation, IterableDataset) else len(self.validation)
 
-    def to_dict(self) -> Dict[str, Any]:
-        """What results say about the images that they are of, and how they were prepared."""
+    def to_dict(self, calibrated: bool) -> Dict[str, Any]:
+        """What results say about the images that they are of, and how they were prepared.
+
+        Args:
+            calibrated: Whether there was a calibration, of which it is to be said too.
+        """
         args, config = self.args, self.config
         return {'data': args.data_dir or args.dataset, 'split': args.val_split, 'batch size': args.batch_size,
                 'mean': config['mean'], 'std': config['std'], 'interpolation': config['interpolation'],
                 'crop mode': config['crop_mode'], 'weights': args.model_dtype or 'float32',
-                **({'tta': args.tta} if args.tta else {})}
+                **({'calibrated on': 'augmented images' if args.calibrate_aug else 'images as in use'} if calibrated
+                   else {}), **({'tta': args.tta} if args.tta else {})}
 
     def num_calibration_batches(self, wanted: int) -> int:
         """Batches that calibration takes where so many are asked for: at most one epoch."""
@@ -117,34 +122,34 @@ class EvaluationData:
     def validation_loader(self, size: int) -> Any:
         """timm's loader of the validation images at one size, as its validation script makes it."""
         return self._loader(
-            self.validation, size, self.args.validation_batch_size or self.args.batch_size, is_training=False,
-            interpolation=self.config['interpolation'], crop_pct=self.config['crop_pct'],
-            crop_mode=self.config['crop_mode'], crop_border_pixels=self.args.crop_border_pixels,
-            persistent_workers=False)
+            self.validation, size, self.args.validation_batch_size or self.args.batch_size, persistent_workers=False,
+            **self._preparation())
 
     def calibration_loader(self, size: int, num_batches: Optional[int] = None) -> Any:
-        """Training images at one size, augmented as in training, the same ones for any number of processes.
+        """Training images at one size, the same ones for any number of processes.
 
-        Only data that streams, or images that are not square, are drawn anew, by timm's loader.
+        They are augmented as in training, or without ``--calibrate-aug`` prepared as in evaluation. Only data that
+        streams, or augmented images that are not square, are drawn anew, by timm's loader.
 
         Args:
             size: Size in pixels.
             num_batches: Batches over all processes; by default one epoch.
         """
-        augmentation = self._augmentation()
-        if self.args.mixsize_reg:
+        augmented = self.args.calibrate_aug
+        images = self._augmentation() if augmented else self._preparation()
+        if augmented and self.args.mixsize_reg:
             regularization = SizeRegularization(self.args.mixsize_reg, self.base_size)
-            augmentation.update(regularization.augmentation(
-                size, augmentation['auto_augment'], augmentation['color_jitter']))
+            images.update(regularization.augmentation(size, images['auto_augment'], images['color_jitter']))
         processes = self.accelerator.num_processes
-        if isinstance(self.train, IterableDataset) or self.height_width != [self.base_size] * 2:
-            loader = self._loader(self.train, size, self.args.batch_size, persistent_workers=False, **augmentation)
+        oblong = self.height_width != [self.base_size] * 2
+        if isinstance(self.train, IterableDataset) or oblong and augmented:
+            loader = self._loader(self.train, size, self.args.batch_size, persistent_workers=False, **images)
             return islice(loader, None if num_batches is None else -(-num_batches // processes))
         return self._loader(
             self.train, size, self.args.batch_size, create=create_calibration_loader, num_batches=num_batches,
             scaled_decoding=self.args.scaled_decoding, worker_timeout=self.args.worker_timeout,
             seed=self.args.seed, rank=self.accelerator.process_index,
-            world_size=processes, distributed=False, persistent_workers=False, **augmentation)
+            world_size=processes, distributed=False, persistent_workers=False, **images)
 
     def shape(self, size: int) -> Tuple[int, int, int]:
         """Channels, height and width of an image of a size; only at the base size it may be oblong."""
@@ -205,7 +210,14 @@ class EvaluationData:
             innermost.worker_init_fn = WorkerInit(innermost.worker_init_fn)
         return loader
 
+    def _preparation(self) -> Dict[str, Any]:
+        """How images are prepared for use, as in timm's validation script."""
+        return dict(
+            is_training=False, interpolation=self.config['interpolation'], crop_pct=self.config['crop_pct'],
+            crop_mode=self.config['crop_mode'], crop_border_pixels=self.args.crop_border_pixels)
+
     def _augmentation(self) -> Dict[str, Any]:
+        """How images are prepared for training."""
         args = self.args
         own = self.config['interpolation']
         crop: Dict[str, Any] = dict(train_crop_mode=args.train_crop_mode, scale=args.scale, ratio=args.ratio)
@@ -318,9 +330,7 @@ class Data(EvaluationData):
         """timm's loader of the validation images at one size; that of the base size keeps its workers."""
         if size not in self._validation_loaders:
             args = self.args
-            options: Dict[str, Any] = dict(
-                interpolation=self.config['interpolation'], crop_pct=self.config['crop_pct'], is_training=False,
-                persistent_workers=size == self.base_size)
+            options = {**self._preparation(), 'persistent_workers': size == self.base_size}
             if args.naflex_loader:
                 options.update(patch_size=self.patch_size, max_seq_len=args.naflex_max_seq_len)
             if self.accelerator.num_processes > 1 and args.dataset.startswith(('tfds', 'wds')):
@@ -328,6 +338,10 @@ class Data(EvaluationData):
             self._validation_loaders[size] = self._loader(
                 self.validation, size, args.validation_batch_size or args.batch_size, **options)
         return self._validation_loaders[size]
+
+    def _preparation(self) -> Dict[str, Any]:
+        """How images are prepared for validation, as in timm's training script."""
+        return dict(is_training=False, interpolation=self.config['interpolation'], crop_pct=self.config['crop_pct'])
 
     def describe(self) -> None:
         """Log what is trained on, and at which sizes."""

@@ -80,6 +80,9 @@ def _add_mixsize(parser: argparse.ArgumentParser) -> None:
                             'each size; 0 for none (default: 200)')
     group.add_argument('--calibrate-val', type=int, default=10, metavar='N',
                        help='the same for the validation after each epoch (default: 10)')
+    group.add_argument('--calibrate-aug', action=argparse.BooleanOptionalAction, default=True,
+                       help='calibrate on training images augmented as in training, as in the paper; without on images '
+                            'prepared as in evaluation (default: yes)')
 
 
 def _add_dataset(parser: argparse.ArgumentParser) -> None:

@@ -23,8 +23,9 @@ TASK_OPTIONS = ('task', 'multilabel_threshold')
 MODEL_OPTIONS = ('num_classes', 'in_chans', 'gp', 'model_kwargs')
 IMAGE_OPTIONS = ('mean', 'std', 'interpolation', 'batch_size', 'workers', 'pin_mem', 'no_prefetcher', 'seed')
 AUGMENTATION_OPTIONS = (
-    'no_aug', 'train_crop_mode', 'train_pad', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob',
-    'grayscale_prob', 'gaussian_blur_prob', 'aa', 'reprob', 'remode', 'recount', 'train_interpolation')
+    'calibrate_aug', 'no_aug', 'train_crop_mode', 'train_pad', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter',
+    'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'aa', 'reprob', 'remode', 'recount',
+    'train_interpolation')
 DEVICE_OPTIONS = ('mixed_precision', 'device', 'amp', 'amp_dtype', 'model_dtype', 'channels_last', 'fast_norm',
                   'local_rank', 'device_modules')
 _VALIDATION_ONLY = ('val_split', 'val_num_samples', 'target_format', *TASK_OPTIONS)

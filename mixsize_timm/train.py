@@ -365,8 +365,8 @@ class Training:
                 'calibrated': self.data.num_calibration_batches(args.calibrate) if calibrated else 0,
                 'training': training_cost(used, self.progress.to_dict(), self.data.channels,
                                           {self.data.shape(row['img_size']): row['gmacs'] for row in results}),
-                'data': self.data.to_dict(), 'regime': self.data.regime.to_dict() if self.data.regime else None,
-                'results': results}
+                'data': self.data.to_dict(calibrated),
+                'regime': self.data.regime.to_dict() if self.data.regime else None, 'results': results}
             write_sizes(os.path.join(self.folder, SIZES_FILE),
                         {'metric': args.eval_metric, 'checkpoints': [checkpoint]})
             print('\nThe final weights on the validation images, accuracies in per cent\n')

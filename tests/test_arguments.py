@@ -198,6 +198,8 @@ MIXSIZE = [
     Row('grad_smoothing', '--no-grad-smoothing', lambda b: b.loop['smoother'], None),
     Row('grad_smoothing_momentum', '--grad-smoothing-momentum 0.5', lambda b: b.loop['smoother'].momentum, 0.5),
     Row('calibrate', '--calibrate 7', lambda b: b.calibrated(lambda run: run.measure([32])), [7]),
+    Row('calibrate_aug', '--no-calibrate-aug', lambda b: type(
+        b.data.calibration_loader(32).loader.dataset.maker.transforms[32].transforms[0]), transforms.Resize),
     Row('calibrate_val', '--calibrate-val 3', lambda b: b.calibrated(lambda run: run._validate(0)), [3]),
 ]
 

@@ -280,6 +280,21 @@ def test_calibration_and_timms_own_loader_pad_alike():
         assert 0.02 < rows.mean() < 0.2  # 6 of 24 pixels at most, on average an eighth
 
 
+@pytest.mark.parametrize('num_workers', [0, 1])
+@pytest.mark.parametrize('shape', [(3, 32, 32), (3, 48, 24)])
+def test_calibration_as_in_use_gives_the_pixels_of_timms_evaluation(image_folder, shape, num_workers):
+    dataset = create_dataset('', str(image_folder), 'train')
+    options = dict(crop_pct=0.9, interpolation='bicubic', num_workers=num_workers, device=torch.device('cpu'))
+    (images, _), = timm.data.create_loader(dataset, shape, 1000, **options)
+    loaders = [create_calibration_loader(dataset, shape, 4, is_training=False, rank=rank, world_size=2, **options)
+               for rank in (0, 1)]
+    given = torch.cat([batch for loader in loaders for batch, _ in loader])
+    assert given.shape == images.shape
+    order = torch.cdist(given.flatten(1), images.flatten(1)).argmin(1)
+    assert sorted(order.tolist()) == list(range(len(images))) != order.tolist()
+    torch.testing.assert_close(given, images[order], rtol=0, atol=1e-6)
+
+
 def test_workers_change_no_pixel_of_padded_crops(image_folder):
     dataset = create_dataset('', str(image_folder), 'train')
     options = dict(PADDED, scaled_decoding=True)

@@ -107,22 +107,27 @@ def test_a_missing_run_is_made_and_one_that_is_there_is_not(evidence, studied, t
     arms = {'fixed': arms['fixed']}
     monkeypatch.setattr(runs, 'has_fast_bf16', lambda: True)
     called = []
-    report = {'settings': {'command': 'c', 'machine': 'm', 'date': 'today'}, 'checkpoints': [
-        {'model': 'n', 'num_params': 1, 'calibrated': 1, 'training': {}, 'results': [{'img_size': 16, 'top1': 50.}]}]}
 
     def call(self, command, log, kept_open):
         called.append(command[2])
-        folder = tmp_path / 'work' / setting.name / 'fixed-7'
-        (folder / 'evaluation').mkdir(parents=True, exist_ok=True)
-        (folder / 'evaluation' / 'sizes.json').write_text(json.dumps(report))
+        (tmp_path / 'work' / setting.name / 'fixed-7').mkdir(parents=True, exist_ok=True)
+        if command[2] == 'mixsize_timm.evaluate':
+            folder = Path(command[command.index('--output') + 1])
+            folder.mkdir()
+            accuracy = {'--calibrate-aug': 50., '--no-calibrate-aug': 51.}[command[-1]]
+            (folder / 'sizes.json').write_text(json.dumps({
+                'settings': {'command': 'c', 'machine': 'm', 'date': 'today'}, 'checkpoints': [
+                    {'model': 'n', 'num_params': 1, 'calibrated': 1, 'training': {},
+                     'results': [{'img_size': 16, 'top1': accuracy}]}]}))
         return 0
 
     monkeypatch.setattr(runs.Machine, 'call', call)
     for _ in range(2):
         assert runs.run_all(setting, arms, [7], machine(evidence, tmp_path / 'work')) == 0
-    assert called == ['mixsize_timm.train', 'mixsize_timm.evaluate']
+    assert called == ['mixsize_timm.train', 'mixsize_timm.evaluate', 'mixsize_timm.evaluate']
     result, = runs.read_results(setting, 'fixed')
-    assert result['seed'] == 7 and result['machine'] == 'm' and result['results'][0]['top1'] == 50
+    assert result['seed'] == 7 and result['machine'] == 'm'
+    assert result['results'] == [{'img_size': 16, 'top1': 50., 'top1_as_in_use': 51.}]
     assert all(command.startswith('python -m mixsize_timm.') for command in result['commands'])
     changed = {'fixed': replace(arms['fixed'], epochs=arms['fixed'].epochs + 1)}
     with pytest.raises(ValueError, match='other options'):
@@ -315,6 +320,15 @@ def test_a_part_is_judged_seed_by_seed(evidence, pairs):
     gain = float(re.search(r'[+-]\d+\.\d+', line)[0])
     assert gain == pytest.approx(sum(a - b for a, b in pairs) / len(pairs), abs=0.006)
     assert f'over {len(pairs)} seed' in line
+
+
+def test_both_ways_to_calibrate_are_compared_in_the_runs_that_have_both(evidence):
+    runs = [run_of('b+', seed, (60., 61., 62.)) for seed in (1, 2, 3)]
+    for run, gain in zip(runs[1:], (1., 2.)):
+        run['results'] = [{**row, 'top1_as_in_use': row['top1'] + gain * (row['img_size'] == 32)}
+                          for row in run['results']]
+    line = answer(evidence, 'parts', {'bplus': runs})[-1]
+    assert ' 0.50 ± 0.24 points' in line and ' 1.50 ± 0.71 at 32 px, over 2 seeds' in line, line
 
 
 def test_the_page_has_every_number_with_its_arm(evidence, studied, tmp_path, monkeypatch):

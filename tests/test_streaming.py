@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from timm.data import IterableImageDataset
 from torch.utils.data import IterableDataset
 
+from mixsize_timm import evaluate
 from mixsize_timm.data import create_loader
 from mixsize_timm.datasets import BadImagesError
 from mixsize_timm.regime import Regime
@@ -446,3 +447,8 @@ def test_a_run_from_shards_goes_on_from_its_step_and_says_when_other_workers_go_
     assert all(torch.equal(straight[name], stopped[name]) for name in straight)
     described = json.loads((tmp_path / 'out/stopped/run.json').read_text())
     assert described['data']['train_images'] == 24 and [start['step'] for start in described['starts']] == [0, 1]
+    report = tmp_path / 'report'
+    words = ['straight', '--sizes', 16, '--calibrate', 2, '--no-calibrate-aug', '--no-speed', '--output', report]
+    assert evaluate.main([str(tmp_path / 'out' / words[0]), *map(str, words[1:])]) == 0
+    measured, = json.loads((report / 'sizes.json').read_text())['checkpoints']
+    assert measured['calibrated'] == 2 and measured['data']['calibrated on'] == 'images as in use'

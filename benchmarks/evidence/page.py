@@ -133,9 +133,12 @@ def _accuracies(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> str
     return '\n'.join([f'### {setting.title}\n', *_table(header, rows), ''])
 
 
-def _rows(runs: Sequence[Dict[str, Any]], control: Optional[Curve], sizes: Sequence[int]) -> List[List[str]]:
+def _rows(all_runs: Sequence[Dict[str, Any]], control: Optional[Curve], sizes: Sequence[int]) -> List[List[str]]:
     rows = []
-    for key, kind in (('top1', 'calibrated'), ('top1_uncalibrated', 'own')) if runs else ():
+    for key, kind in (('top1', 'calibrated'), ('top1_as_in_use', 'calibrated as in use'), ('top1_uncalibrated', 'own')):
+        runs = [run for run in all_runs if key in run['results'][0]]
+        if not runs:
+            continue
         cells = [over_seeds(runs, lambda run, size=size, key=key: top1(run, size, key)) for size in sizes]
         cost = mean(run['training']['gmacs'] for run in runs) / control.training['gmacs'] if control else None
         rows.append([runs[0]['title'], str(runs[0]['options']['epochs']), f'{cost:.2f}' if cost else '-',

@@ -151,18 +151,22 @@ def _run(setting: Setting, name: str, arm: Arm, seed: int, machine: Machine) -> 
             _write(setting, name, arm, seed, {**origin, 'commands': [_typed(train)], 'code': code, 'failed': last})
             return True
         (folder / 'finished').touch()
-        evaluate = evaluation_command(setting, folder, machine)
-        if machine.call(evaluate, folder.with_suffix('.evaluation.log'), lock):
-            if not machine.over:
-                print(f'{folder}: the evaluation failed: see {folder.with_suffix(".evaluation.log")}', flush=True)
-            return False
-    report = json.loads((folder / 'evaluation' / 'sizes.json').read_text(encoding='utf-8'))
+        evaluations = [evaluation_command(setting, folder, machine, augmented) for augmented in (True, False)]
+        for evaluate in evaluations:
+            if machine.call(evaluate, folder.with_suffix('.evaluation.log'), lock):
+                if not machine.over:
+                    print(f'{folder}: the evaluation failed: see {folder.with_suffix(".evaluation.log")}', flush=True)
+                return False
+    report, as_in_use = (json.loads((_report(folder, augmented) / 'sizes.json').read_text(encoding='utf-8'))
+                         for augmented in (True, False))
     measured = report['checkpoints'][0]
+    rows = [{**row, **{f'{key}_as_in_use': other[key] for key in ('top1', 'loss') if key in other}}
+            for row, other in zip(measured['results'], as_in_use['checkpoints'][0]['results'])]
     place = {key: value for key, value in report['settings'].items() if key != 'command'}
     _write(setting, name, arm, seed, {
-        'commands': [_typed(train), _typed(evaluate)], **place, **origin, 'threads': machine.threads,
+        'commands': [_typed(train), *map(_typed, evaluations)], **place, **origin, 'threads': machine.threads,
         'jobs': machine.jobs, **{key: measured[key] for key in ('model', 'num_params', 'calibrated', 'training')},
-        'results': measured['results']})
+        'results': rows})
     return True
 
 
@@ -207,11 +211,16 @@ def training_command(setting: Setting, name: str, arm: Arm, seed: int, machine: 
         'experiment': f'{name}-{seed}', 'resume': 'auto'})]
 
 
-def evaluation_command(setting: Setting, folder: Path, machine: Machine) -> List[str]:
-    """The command that measures the final weights at all sizes, calibrated and not."""
+def _report(folder: Path, augmented: bool) -> Path:
+    return folder / ('evaluation' if augmented else 'evaluation-as-in-use')
+
+
+def evaluation_command(setting: Setting, folder: Path, machine: Machine, augmented: bool) -> List[str]:
+    """The command that measures the final weights at all sizes, calibrated, on augmented images or not, and not."""
     return [sys.executable, '-m', 'mixsize_timm.evaluate', str(folder / 'last'), '--no-speed', *to_words({
         'val_split': setting.test_split, 'calibrate': setting.calibrate, 'sizes': setting.sizes,
-        'device': machine.device, 'output': folder / 'evaluation', 'overwrite': True})]
+        'device': machine.device, 'output': _report(folder, augmented), 'overwrite': True}),
+        '--calibrate-aug' if augmented else '--no-calibrate-aug']
 
 
 def to_words(options: Dict[str, Any]) -> List[str]:

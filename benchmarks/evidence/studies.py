@@ -194,6 +194,13 @@ def _parts(setting: Setting, results: Results) -> List[str]:
         if runs := results.get(name):
             gain = over_seeds(runs, lambda run: mean_top1(run) - mean_top1(run, 'top1_uncalibrated'))
             lines.append(f'Calibration of {runs[0]["title"]}: {gain} points.')
+    for runs in results.values():
+        if runs := [run for run in runs if 'top1_as_in_use' in run['results'][0]]:
+            gain = over_seeds(runs, lambda run: mean_top1(run, 'top1_as_in_use') - mean_top1(run))
+            at_base = over_seeds(runs, lambda run: top1(run, setting.base_size, 'top1_as_in_use')
+                                 - top1(run, setting.base_size))
+            lines.append(f'Calibration of {runs[0]["title"]} on images as in use, not augmented: {gain} points, '
+                         f'{at_base} at {setting.base_size} px, over {len(runs)} seed{"s" * (len(runs) > 1)}.')
     return lines
 
 
