@@ -23,6 +23,7 @@ from .studies import (
     over_seeds,
     times_as_long,
     top1,
+    with_bf16,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,11 +37,11 @@ one for each run, with its commands, commit, machine and versions.
 [How the studies are made](../benchmarks/evidence/README.md).
 
 Accuracies are top-1 in per cent, mean ± standard deviation over the seeds, of the weights at the end of training. With
-MixSize batch norm is calibrated for each size; a model that was trained at one size, or by timm's scheduled sizes, is
-given the better of calibrated and own statistics at each size. Settings were not chosen on the images that are measured
-on, but best and matching sizes are read off the same means. Costs are over those of the control, the model trained at
-one size: operations are multiply-accumulates, times are of training steps with their loading, on machines that did
-other work beside, and only of runs whose processor has bf16.
+MixSize batch norm is calibrated for each size, on augmented images as in the paper; a model that was trained at one
+size, or by timm's scheduled sizes, is given the better of calibrated and own statistics at each size. Settings were not
+chosen on the images that are measured on, but best and matching sizes are read off the same means. Costs are over those
+of the control, the model trained at one size: operations are multiply-accumulates, times are of training steps with
+their loading, on machines that did other work beside, and only of runs whose processor has bf16.
 """
 
 
@@ -158,10 +159,12 @@ def _provenance(settings: Sequence[Setting], found: Dict[str, Dict[str, List[Dic
         places = sorted({f'{run["machine"]}, {run["device"]}, {run["threads"]} thread{"s" * (run["threads"] > 1)}, '
                          f'{run["precision"]}; {run["versions"]}' for run in whole})
         commits = sorted({str(run['commit']) for run in runs})
-        seconds = mean(run['training']['seconds'] for run in whole) if whole else 0
+        timed = with_bf16(whole)
+        seconds = mean(run['training']['seconds'] for run in timed) if timed else 0
+        others = f' (without {len(whole) - len(timed)} whose bf16 was computed in float32)'
         lines.append(f'- {setting.title}: {len(runs)} runs, {len(runs) - len(whole)} failed, '
                      f'{min(run["date"] for run in runs)} to {max(run["date"] for run in runs)}, {seconds:.0f} s of '
-                     f'training each on average; {" and ".join(places)}; commit{"s" * (len(commits) > 1)} '
+                     f'training each on average{others if len(timed) < len(whole) else ""}; {" and ".join(places)}; commit{"s" * (len(commits) > 1)} '
                      f'{", ".join(commits)}. '
                      f'All settings: [{setting.name}.yaml](../benchmarks/evidence/{setting.name}.yaml).')
     return '\n'.join(lines) + '\n'

@@ -71,10 +71,14 @@ def mean_top1(run: Dict[str, Any], key: str = 'top1') -> float:
     return mean(row[key] for row in run['results'])
 
 
+def with_bf16(runs: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """The runs whose bf16 was not computed in float32: the times of others do not compare."""
+    return [run for run in runs if IN_FLOAT32 not in run['commands'][0]]
+
+
 def times_as_long(name: str, results: Results) -> str:
-    """Time of training of an arm over the control's, of runs with bf16 of the processor; in words for the page."""
-    of_arm, of_control = ([run['training']['seconds'] for run in results[arm] if IN_FLOAT32 not in run['commands'][0]]
-                          for arm in (name, CONTROL))
+    """Time of training of an arm over the control's, of the runs whose times compare; in words for the page."""
+    of_arm, of_control = ([run['training']['seconds'] for run in with_bf16(results[arm])] for arm in (name, CONTROL))
     return f'{mean(of_arm) / mean(of_control):.2f}' if of_arm and of_control else '–'
 
 
