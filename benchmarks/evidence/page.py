@@ -161,10 +161,11 @@ def _provenance(settings: Sequence[Setting], found: Dict[str, Dict[str, List[Dic
         commits = sorted({str(run['commit']) for run in runs})
         timed = with_bf16(whole)
         seconds = mean(run['training']['seconds'] for run in timed) if timed else 0
-        others = f' (without {len(whole) - len(timed)} whose bf16 was computed in float32)'
+        wide = len(whole) - len(timed)
+        others = f' (without {wide} whose bf16 was computed in float32)' if wide else ''
         lines.append(f'- {setting.title}: {len(runs)} runs, {len(runs) - len(whole)} failed, '
                      f'{min(run["date"] for run in runs)} to {max(run["date"] for run in runs)}, {seconds:.0f} s of '
-                     f'training each on average{others if len(timed) < len(whole) else ""}; {" and ".join(places)}; commit{"s" * (len(commits) > 1)} '
+                     f'training each on average{others}; {" and ".join(places)}; commit{"s" * (len(commits) > 1)} '
                      f'{", ".join(commits)}. '
                      f'All settings: [{setting.name}.yaml](../benchmarks/evidence/{setting.name}.yaml).')
     return '\n'.join(lines) + '\n'
