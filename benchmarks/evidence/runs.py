@@ -157,7 +157,7 @@ def _run(setting: Setting, name: str, arm: Arm, seed: int, machine: Machine) -> 
                 if not machine.over:
                     print(f'{folder}: the evaluation failed: see {folder.with_suffix(".evaluation.log")}', flush=True)
                 return False
-    report, as_in_use = (json.loads((_report(folder, augmented) / 'sizes.json').read_text(encoding='utf-8'))
+    report, as_in_use = (json.loads((_report_folder(folder, augmented) / 'sizes.json').read_text(encoding='utf-8'))
                          for augmented in (True, False))
     measured = report['checkpoints'][0]
     rows = [{**row, **{f'{key}_as_in_use': other[key] for key in ('top1', 'loss') if key in other}}
@@ -211,7 +211,7 @@ def training_command(setting: Setting, name: str, arm: Arm, seed: int, machine: 
         'experiment': f'{name}-{seed}', 'resume': 'auto'})]
 
 
-def _report(folder: Path, augmented: bool) -> Path:
+def _report_folder(folder: Path, augmented: bool) -> Path:
     return folder / ('evaluation' if augmented else 'evaluation-as-in-use')
 
 
@@ -219,7 +219,7 @@ def evaluation_command(setting: Setting, folder: Path, machine: Machine, augment
     """The command that measures the final weights at all sizes, calibrated, on augmented images or not, and not."""
     return [sys.executable, '-m', 'mixsize_timm.evaluate', str(folder / 'last'), '--no-speed', *to_words({
         'val_split': setting.test_split, 'calibrate': setting.calibrate, 'sizes': setting.sizes,
-        'device': machine.device, 'output': _report(folder, augmented), 'overwrite': True}),
+        'device': machine.device, 'output': _report_folder(folder, augmented), 'overwrite': True}),
         '--calibrate-aug' if augmented else '--no-calibrate-aug']
 
 
