@@ -292,10 +292,11 @@ def test_a_module_is_run_in_that_way_with_its_own_arguments_and_exit_code(tmp_pa
 
 def test_resilience_compares_each_size_with_its_own_specialist(evidence):
     results = {'fixed': of('fixed', 0, 0, 70), 'specialist-16': of('16', 50, 0, 0), 'specialist-24': of('24', 0, 60, 0),
-               'dplus-equal': of('D+', 51, 61, 69.5)}
-    points, within, better = answer(evidence, 'resilience', results)
-    assert '+1.00 at 16 px, +1.00 at 24 px, -0.50 at 32 px' in points
-    assert within.endswith('Met.') and better.endswith('Met.')
+               'dplus-equal': of('D+', 51, 61, 69.5), 'small-dplus': of('small D+', 51, 59.5, 68)}
+    wide, small = answer(evidence, 'resilience', results)
+    assert '+1.00 at 16 px, +1.00 at 24 px, -0.50 at 32 px' in wide
+    assert wide.endswith('Within 1 point of every one: Met. Better than most: Met.')
+    assert small.endswith('Within 1 point of every one: **Not met.** Better than most: **Not met.**')
     results['specialist-16'] = []
     assert answer(evidence, 'resilience', results) == []
 
@@ -303,19 +304,19 @@ def test_resilience_compares_each_size_with_its_own_specialist(evidence):
 def test_what_goes_past_the_paper_beats_its_best_at_the_best_size_and_in_the_mean(evidence):
     paper = {'dplus-equal': of('D+', 50, 60, 70), 'bplus': of('B+', 60, 61, 62),
              'small-bplus': of('small B+', 69, 60, 50), 'small-dplus': of('small D+', 50, 50, 50)}
-    both, line = answer(evidence, 'beyond', {**paper, 'small-none': of('ours', 60, 62, 71)})
+    both, line = answer(evidence, 'beyond', {**paper, 'smaller-bplus': of('ours', 60, 62, 71)})
     assert '+1.00 points' in both and '+3.33 points' in both and both.endswith('Met.') and 'small-bplus' in line
-    best_only = answer(evidence, 'beyond', {**paper, 'small-none': of('ours', 50, 50, 71)})[0]
+    best_only = answer(evidence, 'beyond', {**paper, 'smaller-bplus': of('ours', 50, 50, 71)})[0]
     assert '+1.00 points' in best_only and '-4.00 points' in best_only and best_only.endswith('**Not met.**')
-    assert not answer(evidence, 'beyond', {'small-none': of('ours', 60, 62, 71)})  # nothing to be beside
+    assert not answer(evidence, 'beyond', {'smaller-bplus': of('ours', 60, 62, 71)})  # nothing to be beside
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=1, max_size=4))
 def test_a_part_is_judged_seed_by_seed(evidence, pairs):
     """What makes a seed easy or hard for both arms is not in the difference; a seed of one arm alone is left out."""
-    results = {'dplus': [run_of('D+', seed, (a, a, a)) for seed, (a, _) in enumerate(pairs)] + [
-                   run_of('D+', 99, (0, 0, 0))],
-               'dplus-rough': [run_of('rough', seed, (b, b, b)) for seed, (_, b) in enumerate(pairs)]}
+    results = {'small-bplus-cheap': [run_of('B+', seed, (a, a, a)) for seed, (a, _) in enumerate(pairs)] + [
+                   run_of('B+', 99, (0, 0, 0))],
+               'cheap-rough': [run_of('rough', seed, (b, b, b)) for seed, (_, b) in enumerate(pairs)]}
     line = answer(evidence, 'parts', results)[0]
     gain = float(re.search(r'[+-]\d+\.\d+', line)[0])
     assert gain == pytest.approx(sum(a - b for a, b in pairs) / len(pairs), abs=0.006)

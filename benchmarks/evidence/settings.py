@@ -7,7 +7,7 @@ operations of training over those of the control.
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
 import timm
 import yaml
@@ -126,15 +126,14 @@ def make_arms(setting: Setting) -> Dict[str, Arm]:
             **_beyond(setting)}
 
 
-def _mixsize(setting: Setting, title: str, options: Dict[str, Any], adapt: str, cost: Optional[float] = None,
-             anneal: float = 0., **others: Any) -> Arm:
-    """MixSize for as many epochs as the control, or at a cost, to half an epoch; at less than its cost, no more."""
+def _mixsize(setting: Setting, title: str, options: Dict[str, Any], adapt: str, cost: float = 1., anneal: float = 0.,
+             **others: Any) -> Arm:
+    """MixSize at a share of the control's cost: to half an epoch, or where that is less than its cost, no more."""
     regime, epochs = setting.regime({**options, **others}, adapt), setting.epochs
     others = {**others, 'mixsize_anneal': anneal} if anneal else others
-    if cost is not None:
-        for _ in range(2):  # the number of epochs has a say in what an annealed one costs
-            exact = cost * setting.budget / _mean_gmacs(setting, replace(regime, anneal=anneal, epochs=epochs))
-            epochs = max(1, int(exact) if cost < 1 else round(exact))
+    for _ in range(2):  # the number of epochs has a say in what an annealed one costs
+        exact = cost * setting.budget / _mean_gmacs(setting, replace(regime, anneal=anneal, epochs=epochs))
+        epochs = max(1, int(exact) if cost < 1 else round(exact))
     return Arm(title, {**options, 'mixsize_adapt': adapt, **others}, epochs)
 
 
@@ -145,13 +144,12 @@ def _mean_gmacs(setting: Setting, regime: Regime) -> float:
 
 
 def _mixed(setting: Setting) -> Dict[str, Arm]:
-    paper, small = setting.paper, setting.small
+    """The paper's regimes."""
     return {
-        'dplus': _mixsize(setting, 'MixSize D+, as many epochs', paper, 'd+'),
-        'dplus-equal': _mixsize(setting, 'MixSize D+, equal cost', paper, 'd+', 1),
-        'bplus': _mixsize(setting, 'MixSize B+, equal cost', paper, 'b+', 1),
-        'small-dplus': _mixsize(setting, 'MixSize D+ of small mean size, equal cost', small, 'd+', 1),
-        'small-bplus': _mixsize(setting, 'MixSize B+ of small mean size, equal cost', small, 'b+', 1),
+        'dplus-equal': _mixsize(setting, 'MixSize D+, equal cost', setting.paper, 'd+'),
+        'bplus': _mixsize(setting, 'MixSize B+, equal cost', setting.paper, 'b+'),
+        'small-dplus': _mixsize(setting, 'MixSize D+ of small mean size, equal cost', setting.small, 'd+'),
+        'small-bplus': _mixsize(setting, 'MixSize B+ of small mean size, equal cost', setting.small, 'b+'),
     }
 
 
@@ -159,8 +157,6 @@ def _cheap(setting: Setting) -> Dict[str, Arm]:
     return {
         'small-bplus-cheap': _mixsize(setting, f'MixSize B+ of small mean size, {CHEAP} of the cost', setting.small,
                                       'b+', CHEAP),
-        'small-none-cheap': _mixsize(setting, f'MixSize of small mean size, one batch size, {CHEAP} of the cost',
-                                     setting.small, 'none', CHEAP),
         'fixed-cheap': Arm(f'fixed {setting.base_size} px, {CHEAP} of the cost', OFF,
                            max(1, int(CHEAP * setting.epochs))),
     }
@@ -176,30 +172,30 @@ def _specialists(setting: Setting) -> Dict[str, Arm]:
 
 
 def _parts(setting: Setting) -> Dict[str, Arm]:
-    regime = setting.regime(setting.paper, 'b+')
+    """The cheap B+ of small mean size with one thing changed."""
+    regime = setting.regime(setting.small, 'b+')
     over_steps = {'mixsize': 'custom', 'mixsize_sizes': list(regime.sizes),
                   'mixsize_probs': [p * regime.group(size)[0] for size, p in zip(regime.sizes, regime.probs)]}
     drop = {'drop': 0.2, 'drop_path': 0.1}
+
+    def part(words: str, options: Dict[str, Any] = setting.small, **others: Any) -> Arm:
+        title = f'MixSize B+ of small mean size {words}, {CHEAP} of the cost'
+        return _mixsize(setting, title, options, 'b+', CHEAP, **others)
+
     return {
-        'dplus-rough': _mixsize(setting, 'MixSize D+ without smoothing', setting.paper, 'd+', grad_smoothing=False),
-        'bplus-rough': _mixsize(setting, 'MixSize B+ without smoothing', setting.paper, 'b+', 1, grad_smoothing=False),
-        'bplus-over-steps': _mixsize(setting, 'MixSize B+, shares of the steps', over_steps, 'b+', 1),
-        'dplus-drop': _mixsize(setting, 'MixSize D+ with dropout', setting.paper, 'd+', **drop),
-        'dplus-drop-reg': _mixsize(setting, 'MixSize D+ with dropout by size', setting.paper, 'd+', mixsize_reg=1.0,
-                                   **drop),
+        'cheap-rough': part('without smoothing', grad_smoothing=False),
+        'cheap-over-steps': part('by shares of the steps', over_steps),
+        'cheap-drop': part('with dropout', **drop),
+        'cheap-drop-reg': part('with dropout by size', mixsize_reg=1.0, **drop),
     }
 
 
 def _beyond(setting: Setting) -> Dict[str, Arm]:
-    """Small images early, more steps in the place of larger batches, or yet smaller images, at the control's cost."""
-    paper, small = setting.paper, setting.small
+    """Small images early and large ones late; most images yet smaller."""
     return {
-        'dplus-equal-anneal': _mixsize(setting, 'MixSize D+, annealed, equal cost', paper, 'd+', 1, anneal=1.),
-        'bplus-anneal': _mixsize(setting, 'MixSize B+, annealed, equal cost', paper, 'b+', 1, anneal=1.),
-        'small-bplus-anneal': _mixsize(setting, 'MixSize B+ of small mean size, annealed, equal cost', small, 'b+', 1,
-                                       anneal=1.),
-        'small-none': _mixsize(setting, 'MixSize of small mean size, one batch size, equal cost', small, 'none', 1),
-        'smaller-bplus': _mixsize(setting, 'MixSize B+ of smaller mean size, equal cost', setting.smaller, 'b+', 1),
+        'small-bplus-anneal': _mixsize(setting, 'MixSize B+ of small mean size, annealed, equal cost', setting.small,
+                                       'b+', anneal=1.),
+        'smaller-bplus': _mixsize(setting, 'MixSize B+ of smaller mean size, equal cost', setting.smaller, 'b+'),
     }
 
 

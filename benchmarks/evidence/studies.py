@@ -13,10 +13,10 @@ FEWER_OPERATIONS = 3.  # aims of the studies
 ERROR_REDUCTION = 0.20
 SEEDS = 3  # that a verdict needs
 PAPER = ('dplus-equal', 'bplus', 'small-bplus', 'small-dplus')  # its regimes, at equal cost
-_ANNEALED = ('dplus-equal', 'bplus', 'small-bplus')
-_OURS = (*(f'{name}-anneal' for name in _ANNEALED), 'small-none', 'smaller-bplus')
-_CHEAP = ('small-bplus-cheap', 'small-none-cheap', 'fixed-cheap')
-_RIVALS = ('dplus', *PAPER, *_OURS, 'timm')  # of the control
+_DPLUS = ('dplus-equal', 'small-dplus')
+_OURS = ('small-bplus-anneal', 'smaller-bplus')
+_CHEAP = ('small-bplus-cheap', 'fixed-cheap')
+_RIVALS = (*PAPER, *_OURS, 'timm')  # of the control
 Line = Callable[[Setting, Curve, Curve], str]
 Results = Mapping[str, Sequence[Dict[str, Any]]]  # of each arm, its runs that did not fail
 
@@ -145,23 +145,23 @@ def _training(setting: Setting, results: Results) -> List[str]:
     return lines + ([f'Time of training over the control\'s: {", ".join(times)}.'] if lines else [])
 
 
-def _resilience(name: str) -> Callable[[Setting, Results], List[str]]:
-    def answer(setting: Setting, results: Results) -> List[str]:
-        ours = curve_of(name, results)
-        specialists = {size: curve_of(CONTROL if size == setting.base_size else f'specialist-{size}', results)
-                       for size in sorted([setting.base_size, *setting.specialists])}
-        curves = [curve for curve in specialists.values() if curve is not None]
-        if ours is None or len(curves) < len(specialists):
-            return []
+def _resilience(setting: Setting, results: Results) -> List[str]:
+    specialists = {size: curve_of(CONTROL if size == setting.base_size else f'specialist-{size}', results)
+                   for size in sorted([setting.base_size, *setting.specialists])}
+    curves = [curve for curve in specialists.values() if curve is not None]
+    if len(curves) < len(specialists):
+        return []
+    lines = []
+    for ours in (curve for name in _DPLUS if (curve := curve_of(name, results)) is not None):
         lead = [ours.value[ours.sizes.index(size)] - curve.value[curve.sizes.index(size)]
                 for size, curve in zip(specialists, curves)]
         points = ', '.join(f'{value:+.2f} at {size} px' for size, value in zip(specialists, lead))
         better = sum(value > 0 for value in lead)
-        return [f'{ours.label} against the specialist of each size, in points: {points}.',
-                f'Within {WITHIN:g} point of every one: {_verdict(min(lead) >= -WITHIN, ours, *curves)}',
-                f'Better than most: {_verdict(better > len(lead) / 2, ours, *curves)}']
-
-    return answer
+        lines.append(
+            f'{ours.label} against the specialist of each size, in points: {points}. Within {WITHIN:g} point of every '
+            f'one: {_verdict(min(lead) >= -WITHIN, ours, *curves)} Better than most: '
+            f'{_verdict(better > len(lead) / 2, ours, *curves)}')
+    return lines
 
 
 def _differences(pairs: Sequence[Tuple[str, str, str]]) -> Callable[[Setting, Results], List[str]]:
@@ -186,15 +186,16 @@ def _differences(pairs: Sequence[Tuple[str, str, str]]) -> Callable[[Setting, Re
 
 def _parts(setting: Setting, results: Results) -> List[str]:
     lines = _differences((
-        ('Smoothing, D+', 'dplus', 'dplus-rough'),
-        ('Smoothing, B+', 'bplus', 'bplus-rough'),
-        ('Shares over images, not steps', 'bplus', 'bplus-over-steps'),
-        ('D+ in place of B+ at equal cost', 'dplus-equal', 'bplus'),
-        ('Dropout by size, not alike for all', 'dplus-drop-reg', 'dplus-drop'),
+        ('Smoothing', 'small-bplus-cheap', 'cheap-rough'),
+        ('Shares over images, not steps', 'small-bplus-cheap', 'cheap-over-steps'),
+        ('Dropout', 'cheap-drop', 'small-bplus-cheap'),
+        ('Dropout by size, not alike for all', 'cheap-drop-reg', 'cheap-drop'),
+        ('D+ in place of B+', 'dplus-equal', 'bplus'),
+        ('D+ in place of B+, of small mean size', 'small-dplus', 'small-bplus'),
         ('B+ in place of timm\'s scheduled sizes', 'bplus', 'timm'),
         ('B+ in place of progressive sizes', 'bplus', 'timm-progressive'),
     ))(setting, results)
-    for name in ('dplus', 'bplus', 'timm', CONTROL):
+    for name in ('dplus-equal', 'bplus', 'small-bplus', 'timm', CONTROL):
         if runs := results.get(name):
             gain = over_seeds(runs, lambda run: mean_top1(run) - mean_top1(run, 'top1_uncalibrated'))
             lines.append(f'Calibration of {runs[0]["title"]}: {gain} points.')
@@ -221,9 +222,8 @@ def _beyond(setting: Setting, results: Results) -> List[str]:
         lines.append(f'{curve.label}: {_best(curve)}, {best:+.2f} points beside the best of the paper\'s regimes; mean '
                      f'over all sizes {mean(curve.value):.2f} %, {over:+.2f} points beside the best. '
                      f'{_verdict(best > 0 and over > 0, curve, *rivals)}')
-    return lines + _differences([*((f'{name} annealed', f'{name}-anneal', name) for name in _ANNEALED),
-                                 ('More steps, not larger batches', 'small-none', 'small-bplus'),
-                                 ('Smaller images', 'smaller-bplus', 'small-bplus')])(setting, results)
+    return lines + _differences((('Annealed', 'small-bplus-anneal', 'small-bplus'),
+                                 ('Smaller images', 'smaller-bplus', 'small-bplus')))(setting, results)
 
 
 def make_studies(setting: Setting) -> Dict[str, Study]:
@@ -247,20 +247,20 @@ def make_studies(setting: Setting) -> Dict[str, Study]:
             (CONTROL, *_CHEAP), _training),
         'resilience': Study(
             'Resilience',
-            'One D+ model beside models trained at one size each, at equal cost. Aim: within 1 point of every one of '
-            'them, better than most.',
-            (CONTROL, 'dplus-equal', *specialists), _resilience('dplus-equal')),
+            'One D+ model, of a mean size near the base size or a small one, beside models trained at one size each, '
+            'at equal cost. Aim: within 1 point of every one of them, better than most.',
+            (CONTROL, *_DPLUS, *specialists), _resilience),
         'parts': Study(
             'What each part does',
-            'Differences of top-1 in points, the mean over all sizes, with the standard deviation over the seeds.',
-            (CONTROL, 'dplus', 'dplus-rough', 'dplus-equal', 'bplus', 'bplus-rough', 'bplus-over-steps', 'dplus-drop',
-             'dplus-drop-reg', 'timm', 'timm-progressive'), _parts),
+            'Differences of top-1 in points, the mean over all sizes, with the standard deviation over the seeds. '
+            f'Smoothing, shares and dropout are changed in B+ of small mean size at {CHEAP} of the cost.',
+            (CONTROL, 'small-bplus-cheap', 'cheap-rough', 'cheap-over-steps', 'cheap-drop', 'cheap-drop-reg', *PAPER,
+             'timm', 'timm-progressive'), _parts),
         'beyond': Study(
             'Past the paper',
-            'Annealed regimes, which train small images early and large ones late; what small images save spent on '
-            'more steps (one batch size for all sizes), not on larger batches; most images at half the base size; all '
-            'at equal cost. Aim: better than every regime of the paper, both at the best size and in the mean over all '
-            'sizes. Then the differences that each makes: top-1 in points, the mean over all sizes, with the standard '
-            'deviation over the seeds.',
+            'An annealed regime, which trains small images early and large ones late; most images at half the base '
+            'size; both at equal cost. Aim: better than every regime of the paper, both at the best size and in the '
+            'mean over all sizes. Then the differences that each makes: top-1 in points, the mean over all sizes, with '
+            'the standard deviation over the seeds.',
             (*PAPER, *_OURS), _beyond),
     }
