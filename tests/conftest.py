@@ -16,6 +16,8 @@ from mixsize_timm.checkpoint import take_snapshot, write_snapshot
 from mixsize_timm.sizes import SizeProbe
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # for processes: models are tiny, and their threads wait for each other
+torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # s that torch waits for each worker of a loader that failed
 
 

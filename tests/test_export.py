@@ -3,6 +3,7 @@ import importlib.util
 import json
 import re
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,7 @@ def test_a_model_of_any_family_comes_back_to_the_bit(name, train_run, tmp_path, 
         assert torch.equal(logits(timms(folder), size), expected) and expected.std() > 0
         assert torch.equal(logits(load(str(folder)), size), expected)
         wrapped = transformers.AutoModelForImageClassification.from_pretrained(folder)
+        wrapped = deepcopy(wrapped)  # out of the file, where tensors are not aligned and sums may differ in order
         with torch.inference_mode():
             assert torch.equal(wrapped.eval()(batch(size)).logits, expected)
         assert wrapped.config.id2label == {0: 'cat', 1: 'dog'}
