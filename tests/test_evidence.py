@@ -234,8 +234,11 @@ def test_nothing_is_decided_by_two_seeds(evidence):
 def test_cheaper_training_needs_both_the_accuracy_and_the_cost(evidence):
     for accuracy, cost, met in ((70, 4, True), (69, 4, False), (70, 5, False)):
         results = {'fixed': of('fixed', 40, 60, 70), 'small-bplus-cheap': of('B+', 40, accuracy, 50, training=cost)}
-        line, _ = answer(evidence, 'training', results)
+        line, time_taken = answer(evidence, 'training', results)
         assert line.endswith('Met.' if met else '**Not met.**'), line
+        assert time_taken == f"Time of training over the control's: B+ {cost / 10:.2f}."
+    results['small-bplus-cheap'] = of('B+', 40, 70, 50, training=4, through=evidence('runs').IN_FLOAT32)
+    assert len(answer(evidence, 'training', results)) == 1  # no time of it compares
 
 
 def test_times_of_runs_whose_bf16_is_computed_in_float32_are_left_out(evidence):

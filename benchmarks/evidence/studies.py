@@ -12,6 +12,7 @@ WITHIN = 1.  # point of accuracy: what counts as equal in the study of resilienc
 FEWER_OPERATIONS = 3.  # aims of the studies
 ERROR_REDUCTION = 0.20
 SEEDS = 3  # that a verdict needs
+NO_TIME = '–'  # no run of an arm has a time that compares
 PAPER = ('dplus-equal', 'bplus', 'small-bplus', 'small-dplus')  # its regimes, at equal cost
 _DPLUS = ('dplus-equal', 'small-dplus')
 _OURS = ('small-bplus-anneal', 'smaller-bplus')
@@ -79,7 +80,7 @@ def with_bf16(runs: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
 def times_as_long(name: str, results: Results) -> str:
     """Time of training of an arm over the control's, of the runs whose times compare; in words for the page."""
     of_arm, of_control = ([run['training']['seconds'] for run in with_bf16(results[arm])] for arm in (name, CONTROL))
-    return f'{mean(of_arm) / mean(of_control):.2f}' if of_arm and of_control else '–'
+    return f'{mean(of_arm) / mean(of_control):.2f}' if of_arm and of_control else NO_TIME
 
 
 def fewer_operations(curve: Curve, control: Curve, base_size: int) -> Optional[Tuple[int, float]]:
@@ -141,8 +142,9 @@ def _cheaper_training(setting: Setting, curve: Curve, control: Curve) -> str:
 
 def _training(setting: Setting, results: Results) -> List[str]:
     lines = _each(_CHEAP, _cheaper_training)(setting, results)
-    times = [f'{results[name][0]["title"]} {times_as_long(name, results)}' for name in _CHEAP if results.get(name)]
-    return lines + ([f'Time of training over the control\'s: {", ".join(times)}.'] if lines else [])
+    times = [f'{results[name][0]["title"]} {words}' for name in _CHEAP
+             if results.get(name) and (words := times_as_long(name, results)) != NO_TIME]
+    return lines + [f'Time of training over the control\'s: {", ".join(times)}.'] if times else lines
 
 
 def _resilience(setting: Setting, results: Results) -> List[str]:
