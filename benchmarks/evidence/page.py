@@ -92,7 +92,7 @@ def _overview(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> str:
     header = ['arm', 'seeds', 'best top-1', 'at', f'top-1 at {setting.base_size} px', 'mean over sizes',
               'operations of training', 'time of training',
               'smallest size as good as the control\'s best, and times fewer operations']
-    made, wanted = sum(map(len, found.values())), SEEDS * len(found)
+    made, wanted = sum(min(SEEDS, len(runs)) for runs in found.values()), SEEDS * len(found)
     unfinished = [f'**Not finished:** {made} of {wanted} runs have been made.\n'] if made < wanted else []
     return '\n'.join([f'## {setting.title}\n', *unfinished, *_table(header, rows), '', *_plots(setting, results)])
 
