@@ -101,6 +101,15 @@ def test_arms_of_equal_cost_take_as_many_operations_as_the_control(evidence, stu
                 assert sum(epochs) + max(epochs) > 0.4 * setting.budget
 
 
+def test_a_mean_batch_is_the_controls(evidence, studied, tmp_path):
+    for setting, arms in studied:
+        name = 'small-bplus-anneal-steps'
+        words = evidence('runs').training_command(setting, name, arms[name], 1, machine(evidence, tmp_path))
+        args = parse_args(words[words.index('mixsize_timm.train') + 1:])
+        regime = make_regime(args, (3, args.img_size, args.img_size))
+        assert regime.mean_batch == pytest.approx(setting.batch_size, rel=0.05)
+
+
 def test_a_missing_run_is_made_and_one_that_is_there_is_not(evidence, studied, tmp_path, monkeypatch):
     runs, (setting, arms) = evidence('runs'), studied[0]
     monkeypatch.setattr(runs, 'RESULTS', tmp_path / 'results')

@@ -79,7 +79,8 @@ class Setting:
 
     def regime(self, options: Dict[str, Any], adapt: str) -> Regime:
         """The regime that options of training mean."""
-        common = {'base_size': self.base_size, 'batch_size': self.batch_size, 'adapt': adapt}
+        batch_size = options.get('batch_size', self.batch_size)
+        common = {'base_size': self.base_size, 'batch_size': batch_size, 'adapt': adapt}
         if options['mixsize'] == 'custom':
             return Regime(tuple(options['mixsize_sizes']), tuple(options['mixsize_probs']), **common)
         return Regime.preset(options['mixsize'], **common)
@@ -191,10 +192,14 @@ def _parts(setting: Setting) -> Dict[str, Arm]:
 
 
 def _beyond(setting: Setting) -> Dict[str, Arm]:
-    """Small images early and large ones late; most images yet smaller."""
+    """Small images early and large ones late; so in a mean batch that is the control's; most images yet smaller."""
+    batch_size = round(setting.batch_size**2 / setting.regime(setting.small, 'b+').mean_batch)
     return {
         'small-bplus-anneal': _mixsize(setting, 'MixSize B+ of small mean size, annealed, equal cost', setting.small,
                                        'b+', anneal=1.),
+        'small-bplus-anneal-steps': _mixsize(
+            setting, f'MixSize B+ of small mean size, annealed, {batch_size} in a batch, equal cost', setting.small,
+            'b+', anneal=1., batch_size=batch_size),
         'smaller-bplus': _mixsize(setting, 'MixSize B+ of smaller mean size, equal cost', setting.smaller, 'b+'),
     }
 
