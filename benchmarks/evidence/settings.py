@@ -192,14 +192,19 @@ def _parts(setting: Setting) -> Dict[str, Arm]:
 
 
 def _beyond(setting: Setting) -> Dict[str, Arm]:
-    """Small images early and large ones late; so in a mean batch that is the control's; most images yet smaller."""
+    """Small images early and large ones late; so, and one size, in so small a batch; most images yet smaller."""
+    # its mean over the steps is the control's batch
     batch_size = round(setting.batch_size**2 / setting.regime(setting.small, 'b+').mean_batch)
+    images = setting.num_images // batch_size * batch_size  # fewer are dropped
     return {
         'small-bplus-anneal': _mixsize(setting, 'MixSize B+ of small mean size, annealed, equal cost', setting.small,
                                        'b+', anneal=1.),
         'small-bplus-anneal-steps': _mixsize(
             setting, f'MixSize B+ of small mean size, annealed, {batch_size} in a batch, equal cost', setting.small,
             'b+', anneal=1., batch_size=batch_size),
+        'fixed-steps': Arm(f'fixed {setting.base_size} px, {batch_size} in a batch, equal cost',
+                           {**OFF, 'batch_size': batch_size},
+                           round(setting.budget / (images * setting.gmacs(setting.base_size)))),
         'smaller-bplus': _mixsize(setting, 'MixSize B+ of smaller mean size, equal cost', setting.smaller, 'b+'),
     }
 

@@ -17,7 +17,7 @@ PAPER = ('dplus-equal', 'bplus', 'small-bplus', 'small-dplus')  # its regimes, a
 _DPLUS = ('dplus-equal', 'small-dplus')
 _OURS = ('small-bplus-anneal', 'small-bplus-anneal-steps', 'smaller-bplus')
 _CHEAP = ('small-bplus-cheap', 'fixed-cheap')
-_RIVALS = (*PAPER, *_OURS, 'timm')  # of the control
+_RIVALS = (*PAPER, *_OURS, 'timm', 'fixed-steps')  # of the control
 Line = Callable[[Setting, Curve, Curve], str]
 Results = Mapping[str, Sequence[Dict[str, Any]]]  # of each arm, its runs that did not fail
 
@@ -227,6 +227,8 @@ def _beyond(setting: Setting, results: Results) -> List[str]:
     return lines + _differences((('Annealed', 'small-bplus-anneal', 'small-bplus'),
                                  ('A mean batch as large as the control\'s, in more steps',
                                   'small-bplus-anneal-steps', 'small-bplus-anneal'),
+                                 ('The fixed size in as small a batch', 'fixed-steps', CONTROL),
+                                 ('Both in as small a batch', 'small-bplus-anneal-steps', 'fixed-steps'),
                                  ('Smaller images', 'smaller-bplus', 'small-bplus')))(setting, results)
 
 
@@ -265,7 +267,7 @@ def make_studies(setting: Setting) -> Dict[str, Study]:
             'An annealed regime, which trains small images early and large ones late; the same in so small a batch '
             'that its mean over the steps is the control\'s batch; most images at half the base size; all at equal '
             'cost. Aim: better than every regime of the paper, both at the best size and in the mean over all sizes. '
-            'Then the differences that each makes: top-1 in points, the mean over all sizes, with the standard '
-            'deviation over the seeds.',
-            (*PAPER, *_OURS), _beyond),
+            'Then the differences that each makes, and what the smaller batch does for the fixed size: top-1 in '
+            'points, the mean over all sizes, with the standard deviation over the seeds.',
+            (CONTROL, 'fixed-steps', *PAPER, *_OURS), _beyond),
     }
