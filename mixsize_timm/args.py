@@ -109,7 +109,7 @@ def _recipe_of(given: argparse.Namespace, configured: Dict[str, Any]) -> str:
 
 
 def _adapt_recipe(args: argparse.Namespace, recipe: Dict[str, Any], stated: Set[str]) -> None:
-    """Leave out what the recipe says for its optimizer and its loader where others are asked for.
+    """Leave out what the recipe says for its model, its optimizer and its loader where others are asked for.
 
     Args:
         args: The arguments of all layers.
@@ -117,6 +117,8 @@ def _adapt_recipe(args: argparse.Namespace, recipe: Dict[str, Any], stated: Set[
         stated: Names of those that the layers above it state.
     """
     others: Tuple[str, ...] = ()
+    if args.model != recipe.get('model', args.model):
+        others += ('model_kwargs',)
     if args.opt != recipe.get('opt', args.opt):
         others += ('opt_eps', 'opt_betas', 'opt_kwargs')
     if args.mixsize != 'off':

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Sequence
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .architectures import default_cfgs
-from .curves import METRIC_NAMES, make_curves, size_range, table_cells
+from .curves import METRIC_NAMES, WITHIN, make_curves, table_cells
 from .resources import read_resource
 
 CARD_FILE = 'README.md'
@@ -156,10 +156,10 @@ def _limits(curve: Any, results: Optional[Dict[str, Any]], sizes: Sequence[int],
         lines.append('Its accuracy was not measured.')
     else:
         used = replace(curve, value=curve.own) if stats == OWN else curve
-        first, last = size_range(used)
-        where = f'at {first} px only' if first == last else f'from {first} to {last} px'
+        bound = used.value[used.best] - WITHIN
+        near = ', '.join(str(size) for size, value in zip(used.sizes, used.value) if value >= bound)
         lines.append(f'Measured on one split of one data set. There, its accuracy{_WITH[stats]} is within a point of '
-                     f'its best {where}; of sizes outside the table nothing is known.')
+                     f'its best at {near} px; of sizes outside the table nothing is known.')
     unmeasured = [str(size) for size in sizes if curve is None or size not in curve.sizes]
     if curve is not None and unmeasured:
         lines.append(f'Calibrated but not measured: {", ".join(unmeasured)} px.')

@@ -2,6 +2,7 @@
 
 ``python tests/recipe_costs.py --write`` puts both where they belong; test_recipes.py compares them.
 """
+import json
 import re
 import shlex
 import sys
@@ -19,7 +20,8 @@ from mixsize_timm.regime import Regime
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / 'docs' / 'recipes.md'
-IMAGES = {'imagenet': 1281167, 'cifar': 50000, 'digits': 1437, 'finetune': 10000}  # that an epoch is counted for
+# images that an epoch is counted for
+IMAGES = {'imagenet': 1281167, 'cifar': 50000, 'digits': 1437, 'finetune': 10000, 'scratch': 3068}
 
 
 def header_of(name):
@@ -34,14 +36,14 @@ def arguments(command):
 
 
 @cache
-def model_of(name, num_classes):
+def model_of(name, num_classes, kwargs):
     with torch.device('meta'):
-        return timm.create_model(name, num_classes=num_classes)
+        return timm.create_model(name, num_classes=num_classes, **json.loads(kwargs))
 
 
 @cache
-def gmacs(name, num_classes, size):
-    return count_gmacs(model_of(name, num_classes), (3, size, size))
+def gmacs(name, num_classes, kwargs, size):
+    return count_gmacs(model_of(name, num_classes, kwargs), (3, size, size))
 
 
 def epoch_cost(args, num_images, world_size=1):
@@ -49,8 +51,9 @@ def epoch_cost(args, num_images, world_size=1):
     fixed = Regime.fixed(args.img_size, batch_size=args.batch_size)
     regime = make_regime(args, (3, args.img_size, args.img_size))
     sizes = {*(regime or fixed).sizes, args.img_size}
-    shared = dict(num_images=num_images, gmacs={size: gmacs(args.model, args.num_classes, size) for size in sizes},
-                  world_size=world_size, grad_accum_steps=args.grad_accum_steps)
+    model = args.model, args.num_classes, json.dumps(args.model_kwargs)
+    shared = dict(num_images=num_images, gmacs={size: gmacs(*model, size) for size in sizes}, world_size=world_size,
+                  grad_accum_steps=args.grad_accum_steps)
     base = EpochCost(fixed, drop='reference', **shared)
     return EpochCost(regime, drop=args.mixsize_drop, **shared) if regime else base, base
 

@@ -35,6 +35,13 @@ def test_it_is_whole_small_and_in_order(published):
     assert card.data.license != 'unknown' and card.data.datasets and f'# {published.name}' in card.text
 
 
+def test_its_card_names_the_sizes_near_its_best(published):
+    (entry,) = json.loads((published / 'sizes.json').read_text())['checkpoints']
+    best = max(row['top1'] for row in entry['results'])
+    near = [str(row['img_size']) for row in entry['results'] if row['top1'] >= best - 1]
+    assert f'is within a point of its best at {", ".join(near)} px;' in (published / 'README.md').read_text()
+
+
 def test_timm_loads_it_with_the_statistics_of_its_size(published):
     model = timm.create_model(f'local-dir:{published}', pretrained=True).eval()
     config = json.loads((published / 'config.json').read_text())['mixsize']

@@ -1,4 +1,5 @@
 """The packaged recipes: each is whole, parses, costs what it says, and has the values of the paper that it names."""
+import json
 import logging
 import re
 import shlex
@@ -44,7 +45,8 @@ def test_the_recipes_of_the_issue_are_there():
     modern = [f'imagenet_{name}_s224_bplus' for name in ('resnet50_a1', 'resnet50_a2', 'resnet50_a3', 'convnext_tiny')]
     arms = [f'{name}_{arm}' for name in ('cifar_resnet44', 'cifar_wrn28_10', 'finetune')
             for arm in ('fixed', 'bplus', 'dplus')]
-    assert sorted([*paper, *small, *modern, *arms, 'imagenet_resnet50_fixed224', 'digits']) == NAMES
+    ours = ['scratch_bplus', 'scratch_fixed']  # of the studies
+    assert sorted([*paper, *small, *modern, *arms, *ours, 'imagenet_resnet50_fixed224', 'digits']) == NAMES
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -106,6 +108,16 @@ def test_no_recipe_says_it_was_run_without_a_file_that_shows_it():
     for name in NAMES:
         said = header_of(name)['was run']
         assert said == 'not run' or (ROOT / said.split(': ')[-1]).is_file(), name
+
+
+@pytest.mark.parametrize('name, run', [('scratch_bplus', 'small-bplus-anneal-steps-1'), ('scratch_fixed', 'fixed-1')])
+def test_a_recipe_of_the_studies_is_what_they_ran(name, run):
+    assert run in header_of(name)['was run']
+    path = ROOT / 'benchmarks' / 'results' / 'evidence' / 'clothing-cpu' / f'{run}.json'
+    options = json.loads(path.read_text(encoding='utf-8'))['options']
+    args = vars(parse_args(['--recipe', name, '--data-dir', 'x', '--num-classes', '10']))
+    assert {key for key, value in options.items() if args[key] != value} <= {'lr', 'amp', 'amp_dtype', 'workers'}
+    assert args['lr_base'] == options['lr'] and args['lr_base_size'] == options['batch_size']
 
 
 # What they train
@@ -220,6 +232,14 @@ def test_an_unknown_recipe_is_one_line_with_its_neighbour(name, close):
     said = str(error.value)
     assert said.startswith(f'there is no recipe {name!r}') and said.endswith('"mixsize recipes" lists them')
     assert close in said if close else 'but' not in said
+
+
+def test_another_model_leaves_the_recipes_arguments_of_its_own():
+    argv = ['--recipe', 'scratch_bplus', '--data-dir', 'x']
+    assert parse_args(argv).model_kwargs == {'channels': [32, 64, 128, 256], 'stem_width': 16}
+    assert parse_args([*argv, '--model', 'efficientnet_b0']).model_kwargs == {}
+    assert parse_args([*argv, '--model', 'resnet18', '--model-kwargs', 'stem_width=8']).model_kwargs == {
+        'stem_width': 8}
 
 
 def test_another_optimizer_leaves_the_recipes_settings_of_its_own():

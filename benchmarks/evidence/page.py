@@ -98,7 +98,7 @@ def _overview(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> str:
 
 
 def _plots(setting: Setting, results: Results) -> List[str]:
-    curves = [curve for name in (*PAPER, CONTROL, 'timm')
+    curves = [curve for name in (*PAPER, CONTROL, 'timm', 'small-bplus-anneal-steps')
               if (curve := curve_of(name, results)) is not None]
     lines = []
     PLOTS.mkdir(exist_ok=True)
