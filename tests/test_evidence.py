@@ -220,6 +220,20 @@ def test_cheaper_inference_counts_from_the_size_that_the_control_was_trained_at(
     assert '2.00 times fewer operations than at 32 px' in answer(evidence, 'inference', results)[0]
 
 
+def test_the_fixed_size_is_given_the_batch_that_suits_it(evidence):
+    """What is compared with it is compared with the better, whichever that is."""
+    batches = {'fixed': of('in 32', 40, 60, 70, regime='off'), 'fixed-steps': of('in 16', 40, 60, 75, regime='off')}
+    for wide, small in (('fixed', 'fixed-steps'), ('fixed-steps', 'fixed')):
+        results = {wide: batches['fixed'], small: batches['fixed-steps'], 'bplus': of('B+', 70, 72, 74)}
+        inference, = answer(evidence, 'inference', results)
+        assert 'no size reaches the 75.00 % at 32 px of in 16; its best is 74.00 %' in inference
+        accuracy, = answer(evidence, 'accuracy', results)
+        assert '75.00 % at 32 px of in 16: an error 4.0% higher' in accuracy
+        results['specialist-16'], results['specialist-24'] = of('16', 70, 0, 0), of('24', 0, 72, 0)
+        results['small-bplus-anneal-steps'] = results['bplus']
+        assert '-1.00 at 32 px' in answer(evidence, 'resilience', results)[0]
+
+
 def test_what_was_trained_at_one_size_is_given_its_better_statistics(evidence):
     run = run_of('fixed', 1, (40, 60, 70), regime='off')
     run['results'][1]['top1_uncalibrated'] = 64.

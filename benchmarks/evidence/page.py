@@ -11,11 +11,11 @@ from mixsize_timm.plots import against_gmacs, against_size
 from .runs import read_results
 from .settings import CONTROL, Setting, make_arms
 from .studies import (
-    PAPER,
     SEEDS,
     Results,
     Study,
     as_used,
+    control_of,
     curve_of,
     fewer_operations,
     make_studies,
@@ -29,6 +29,7 @@ from .studies import (
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'results.md'
 PLOTS = ROOT / 'docs' / 'results'
+PLOTTED = (CONTROL, 'fixed-steps', 'timm', 'timm-steps', 'small-dplus', 'small-bplus', 'small-bplus-anneal-steps')
 HEAD = """# Results
 
 What MixSize gives on real images, beside training at one size and timm's scheduled sizes. This page is made by
@@ -39,9 +40,10 @@ one for each run, with its commands, commit, machine and versions.
 Accuracies are top-1 in per cent, mean ± standard deviation over the seeds, of the weights at the end of training. With
 MixSize batch norm is calibrated for each size, on augmented images as in the paper; a model that was trained at one
 size, or by timm's scheduled sizes, is given the better of calibrated and own statistics at each size. Settings were not
-chosen on the images that are measured on, but best and matching sizes are read off the same means. Costs are over those
-of the control, the model trained at one size: operations are multiply-accumulates, times are of training steps with
-their loading, on machines that did other work beside, and only of runs whose processor has bf16.
+chosen on the images that are measured on, but best and matching sizes are read off the same means. The fixed size was
+trained in two batches, and what is compared with it is compared with the better of the two. Costs are over those of the
+control, the model trained at one size: operations are multiply-accumulates, times are of training steps with their
+loading, on machines that did other work beside, and only of runs whose processor has bf16.
 """
 
 
@@ -78,28 +80,27 @@ def _overview(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> str:
     control = curve_of(CONTROL, results)
     if control is None:
         return f'## {setting.title}\n\nNot run.\n'
-    rows = []
+    rows, target = [], control_of(results)
     for name, arm in make_arms(setting).items():
         curve = curve_of(name, results)
         if curve is None:
             continue
         runs, best = [as_used(run) for run in results[name]], curve.sizes[curve.best]
-        match = fewer_operations(curve, control, setting.base_size)
+        match = fewer_operations(curve, target, setting.base_size)
         rows.append([arm.title, str(len(runs)), over_seeds(runs, lambda run, size=best: top1(run, size)), f'{best} px',
                      over_seeds(runs, lambda run: top1(run, setting.base_size)), over_seeds(runs, mean_top1),
                      f'{curve.training["gmacs"] / control.training["gmacs"]:.2f}', times_as_long(name, results),
                      f'{match[0]} px, {match[1]:.2f}' if match else 'none'])
     header = ['arm', 'seeds', 'best top-1', 'at', f'top-1 at {setting.base_size} px', 'mean over sizes',
               'operations of training', 'time of training',
-              'smallest size as good as the control\'s best, and times fewer operations']
+              'smallest size as good as the fixed size\'s best, and times fewer operations']
     made, wanted = sum(min(SEEDS, len(runs)) for runs in found.values()), SEEDS * len(found)
     unfinished = [f'**Not finished:** {made} of {wanted} runs have been made.\n'] if made < wanted else []
     return '\n'.join([f'## {setting.title}\n', *unfinished, *_table(header, rows), '', *_plots(setting, results)])
 
 
 def _plots(setting: Setting, results: Results) -> List[str]:
-    curves = [curve for name in (*PAPER, CONTROL, 'timm', 'small-bplus-anneal-steps')
-              if (curve := curve_of(name, results)) is not None]
+    curves = [curve for name in PLOTTED if (curve := curve_of(name, results)) is not None]
     lines = []
     PLOTS.mkdir(exist_ok=True)
     for kind, plot in (('size', against_size), ('gmacs', against_gmacs)):

@@ -7,7 +7,7 @@ operations of training over those of the control.
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List
 
 import timm
 import yaml
@@ -98,6 +98,11 @@ class Setting:
         """Those of all images of an epoch of a regime."""
         batches = epoch_batches(regime, self.num_images, epoch=epoch)
         return sum(sum(of_size) * regime.group(size)[1] * self.gmacs(size) for size, of_size in batches.items())
+
+    @property
+    def steps_batch_size(self) -> int:
+        """Batch at the base size with which B+ of small mean size has the control's in the mean over its steps."""
+        return round(self.batch_size**2 / self.regime(self.small, 'b+').mean_batch)
 
     @property
     def budget(self) -> float:
@@ -192,9 +197,8 @@ def _parts(setting: Setting) -> Dict[str, Arm]:
 
 
 def _beyond(setting: Setting) -> Dict[str, Arm]:
-    """Small images early and large ones late; so, and one size, in so small a batch; most images yet smaller."""
-    # its mean over the steps is the control's batch
-    batch_size = round(setting.batch_size**2 / setting.regime(setting.small, 'b+').mean_batch)
+    """Small images early and large ones late; so, and one size, in as small a batch; most images yet smaller."""
+    batch_size = setting.steps_batch_size
     images = setting.num_images // batch_size * batch_size  # fewer are dropped
     return {
         'small-bplus-anneal': _mixsize(setting, 'MixSize B+ of small mean size, annealed, equal cost', setting.small,
@@ -211,20 +215,23 @@ def _beyond(setting: Setting) -> Dict[str, Arm]:
 
 def _timms(setting: Setting) -> Dict[str, Arm]:
     """timm's scheduled sizes, the batch of each as B+ has it, at equal cost."""
-    regime = setting.regime(setting.paper, 'b+')
-    batches = [regime.group(size)[0] for size in regime.sizes]
-    options = {'mixsize': 'off', 'grad_smoothing': False, 'train_img_sizes': list(regime.sizes),
-               'train_batch_sizes': batches}
-
-    def steps(shares: Sequence[float]) -> int:
-        step = sum(share * batch * setting.gmacs(size) for share, batch, size in zip(shares, batches, regime.sizes))
-        return round(setting.budget / setting.epochs / step)
-
-    even = [1 / len(batches)] * len(batches)  # in the mean, a progressive schedule is at all sizes alike
+    batch_size = setting.steps_batch_size
     return {
-        'timm': Arm('timm, scheduled sizes, equal cost', {
-            **options, 'train_size_probs': list(regime.probs), 'train_batches_per_epoch': steps(regime.probs)},
-            setting.epochs),
-        'timm-progressive': Arm('timm, progressive sizes, equal cost', {
-            **options, 'train_size_schedule': 'progressive', 'train_batches_per_epoch': steps(even)}, setting.epochs),
+        'timm': _timm(setting, 'timm, scheduled sizes, equal cost'),
+        'timm-progressive': _timm(setting, 'timm, progressive sizes, equal cost', progressive=True),
+        'timm-steps': _timm(setting, f'timm, scheduled sizes, {batch_size} in a batch, equal cost',
+                            batch_size=batch_size),
     }
+
+
+def _timm(setting: Setting, title: str, progressive: bool = False, **others: Any) -> Arm:
+    regime = setting.regime({**setting.paper, **others}, 'b+')
+    batches = [regime.group(size)[0] for size in regime.sizes]
+    # in the mean, a progressive schedule is at all sizes alike
+    shares = [1 / len(batches)] * len(batches) if progressive else regime.probs
+    step = sum(share * batch * setting.gmacs(size) for share, batch, size in zip(shares, batches, regime.sizes))
+    schedule = {'train_size_schedule': 'progressive'} if progressive else {'train_size_probs': list(regime.probs)}
+    return Arm(title, {
+        'mixsize': 'off', 'grad_smoothing': False, 'train_img_sizes': list(regime.sizes), 'train_batch_sizes': batches,
+        **schedule, 'train_batches_per_epoch': round(setting.budget / setting.epochs / step), **others},
+        setting.epochs)

@@ -17,7 +17,9 @@ PAPER = ('dplus-equal', 'bplus', 'small-bplus', 'small-dplus')  # its regimes, a
 _DPLUS = ('dplus-equal', 'small-dplus')
 _OURS = ('small-bplus-anneal', 'small-bplus-anneal-steps', 'smaller-bplus')
 _CHEAP = ('small-bplus-cheap', 'fixed-cheap')
-_RIVALS = (*PAPER, *_OURS, 'timm', 'fixed-steps')  # of the control
+_RIVALS = (*PAPER, *_OURS, 'timm', 'timm-steps')  # of the control
+_CONTROLS = (CONTROL, 'fixed-steps')  # in two batches
+_ONE_FOR_ALL = (*_DPLUS, 'small-bplus-anneal-steps')
 Line = Callable[[Setting, Curve, Curve], str]
 Results = Mapping[str, Sequence[Dict[str, Any]]]  # of each arm, its runs that did not fail
 
@@ -54,6 +56,12 @@ def curve_of(name: str, results: Results) -> Optional[Curve]:
     """Mean accuracy against size over the seeds of an arm, as it is judged, if it has been run."""
     runs = results.get(name, ())
     return make_curves([{**as_used(run), 'name': run['title']} for run in runs])[0] if runs else None
+
+
+def control_of(results: Results) -> Optional[Curve]:
+    """The fixed size's curve in that of its batches in which it is better at its best size."""
+    curves = [curve for name in _CONTROLS if (curve := curve_of(name, results)) is not None]
+    return max(curves, key=lambda curve: curve.value[curve.best], default=None)
 
 
 def over_seeds(runs: Sequence[Dict[str, Any]], value: Callable[[Dict[str, Any]], float]) -> str:
@@ -108,7 +116,7 @@ def _best(curve: Curve) -> str:
 def _each(names: Sequence[str], line: Line) -> Callable[[Setting, Results], List[str]]:
     """A line for each arm that was run, from its curve and the control's."""
     def answer(setting: Setting, results: Results) -> List[str]:
-        control = curve_of(CONTROL, results)
+        control = control_of(results)
         curves = [curve for name in names if (curve := curve_of(name, results)) is not None]
         return [f'{curve.label}: {line(setting, curve, control)}' for curve in curves] if control else []
 
@@ -148,13 +156,13 @@ def _training(setting: Setting, results: Results) -> List[str]:
 
 
 def _resilience(setting: Setting, results: Results) -> List[str]:
-    specialists = {size: curve_of(CONTROL if size == setting.base_size else f'specialist-{size}', results)
+    specialists = {size: control_of(results) if size == setting.base_size else curve_of(f'specialist-{size}', results)
                    for size in sorted([setting.base_size, *setting.specialists])}
     curves = [curve for curve in specialists.values() if curve is not None]
     if len(curves) < len(specialists):
         return []
     lines = []
-    for ours in (curve for name in _DPLUS if (curve := curve_of(name, results)) is not None):
+    for ours in (curve for name in _ONE_FOR_ALL if (curve := curve_of(name, results)) is not None):
         lead = [ours.value[ours.sizes.index(size)] - curve.value[curve.sizes.index(size)]
                 for size, curve in zip(specialists, curves)]
         points = ', '.join(f'{value:+.2f} at {size} px' for size, value in zip(specialists, lead))
@@ -227,8 +235,12 @@ def _beyond(setting: Setting, results: Results) -> List[str]:
     return lines + _differences((('Annealed', 'small-bplus-anneal', 'small-bplus'),
                                  ('A mean batch as large as the control\'s, in more steps',
                                   'small-bplus-anneal-steps', 'small-bplus-anneal'),
-                                 ('The fixed size in as small a batch', 'fixed-steps', CONTROL),
-                                 ('Both in as small a batch', 'small-bplus-anneal-steps', 'fixed-steps'),
+                                 ('As small a batch for the fixed size', 'fixed-steps', CONTROL),
+                                 ('As small a batch for timm\'s scheduled sizes', 'timm-steps', 'timm'),
+                                 ('In place of the fixed size, both in as small a batch',
+                                  'small-bplus-anneal-steps', 'fixed-steps'),
+                                 ('In place of timm\'s scheduled sizes, both in as small a batch',
+                                  'small-bplus-anneal-steps', 'timm-steps'),
                                  ('Smaller images', 'smaller-bplus', 'small-bplus')))(setting, results)
 
 
@@ -240,22 +252,23 @@ def make_studies(setting: Setting) -> Dict[str, Study]:
             'Cheaper inference',
             'The smallest size at which a MixSize model has the best accuracy of the fixed-size model, and how many '
             f'times fewer operations that takes. Aim: at least {FEWER_OPERATIONS:g} times (the paper: about 2).',
-            (CONTROL, *_RIVALS), _each(_RIVALS, _cheaper_inference)),
+            (*_CONTROLS, *_RIVALS), _each(_RIVALS, _cheaper_inference)),
         'accuracy': Study(
             'Better accuracy',
             f'The error at the best size, over that of the fixed-size model at its best. Aim: at least '
             f'{ERROR_REDUCTION:.0%} lower (the paper: 14 %).',
-            (CONTROL, *_RIVALS), _each(_RIVALS, _better_accuracy)),
+            (*_CONTROLS, *_RIVALS), _each(_RIVALS, _better_accuracy)),
         'training': Study(
             'Cheaper training',
             'Whether a regime of small mean size reaches the accuracy of the fixed-size model, with so many times '
             f'fewer operations of training: at least {1 / CHEAP:g}. The fixed-size model with as few is beside it.',
-            (CONTROL, *_CHEAP), _training),
+            (*_CONTROLS, *_CHEAP), _training),
         'resilience': Study(
             'Resilience',
-            'One D+ model, of a mean size near the base size or a small one, beside models trained at one size each, '
-            'at equal cost. Aim: within 1 point of every one of them, better than most.',
-            (CONTROL, *_DPLUS, *specialists), _resilience),
+            'One D+ model, of a mean size near the base size or a small one, or one of the regime of study 6, beside '
+            'models trained at one size each, at equal cost. Aim: within 1 point of every one of them, better than '
+            'most.',
+            (*_CONTROLS, *_ONE_FOR_ALL, *specialists), _resilience),
         'parts': Study(
             'What each part does',
             'Differences of top-1 in points, the mean over all sizes, with the standard deviation over the seeds. '
@@ -267,7 +280,7 @@ def make_studies(setting: Setting) -> Dict[str, Study]:
             'An annealed regime, which trains small images early and large ones late; the same in so small a batch '
             'that its mean over the steps is the control\'s batch; most images at half the base size; all at equal '
             'cost. Aim: better than every regime of the paper, both at the best size and in the mean over all sizes. '
-            'Then the differences that each makes, and what the smaller batch does for the fixed size: top-1 in '
-            'points, the mean over all sizes, with the standard deviation over the seeds.',
-            (CONTROL, 'fixed-steps', *PAPER, *_OURS), _beyond),
+            'Then the differences that each makes, and what the smaller batch does for the fixed size and for timm\'s '
+            'scheduled sizes: top-1 in points, the mean over all sizes, with the standard deviation over the seeds.',
+            (*_CONTROLS, 'timm', 'timm-steps', *PAPER, *_OURS), _beyond),
     }
