@@ -20,7 +20,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     names = '\n'.join(f'  {name:<10} {text}' for name, (_, text) in _COMMANDS.items())
     if argv and argv[0] in ('-h', '--help'):
-        print(f'usage: mixsize COMMAND ...\n\n{names}')
+        print(f'usage: mixsize COMMAND ...\n\n{names}\n  --version  print the versions, to name in a report of a fault')
+        return 0
+    if argv == ['--version']:
+        from .provenance import versions  # torch takes seconds to import
+        print(versions())
         return 0
     if not argv or argv[0] not in _COMMANDS:
         what = f'there is no command {argv[0]!r}.' if argv else 'which command?'

@@ -27,8 +27,13 @@ def environment(accelerator: Accelerator) -> Dict[str, Any]:
         'device': f'{name}, {accelerator.num_processes} process{"es" if accelerator.num_processes > 1 else ""}',
         'machine': f'{platform.machine()}, {os.cpu_count()} CPU cores',
         'precision': accelerator.mixed_precision,
-        'versions': f'mixsize-timm {__version__}, timm {timm.__version__}, torch {torch.__version__}, accelerate '
-                    f'{accelerate.__version__}, Python {platform.python_version()}'}
+        'versions': versions()}
+
+
+def versions() -> str:
+    """Versions of this package and of what it stands on, for the record of a run or of a fault."""
+    return (f'mixsize-timm {__version__}, timm {timm.__version__}, torch {torch.__version__}, accelerate '
+            f'{accelerate.__version__}, Python {platform.python_version()}')
 
 
 def command_line(argv: Optional[Sequence[str]], module: str) -> str:
