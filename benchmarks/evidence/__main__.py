@@ -13,7 +13,7 @@ from benchmarks.common import usable_cores
 
 from .page import write_page
 from .runs import Machine, run_all
-from .settings import Setting, make_arms
+from .settings import Setting, make_arms, planned_arms
 from .studies import make_studies
 
 PAGE = 'page'
@@ -66,7 +66,8 @@ def _parse(argv: Optional[List[str]]) -> argparse.Namespace:
     for name in (args.setting or [name for name in Setting.names() if name.endswith(kind)]) if studies else ():
         setting = Setting.read(name)
         arms = make_arms(setting)
-        wanted = [arm for arm in arms if any(arm in make_studies(setting)[study].arms for study in studies)]
+        asked = {arm for study in studies for arm in make_studies(setting)[study].arms}
+        wanted = [arm for arm in (arms if args.arms else planned_arms(setting)) if arm in asked]
         if unknown := sorted(set(args.arms or ()) - set(wanted)):
             parser.error(f'{name} has no arm {unknown[0]} in {" ".join(args.study)}: choose from {", ".join(wanted)}')
         args.runs.append((setting, {arm: arms[arm] for arm in args.arms or wanted}))

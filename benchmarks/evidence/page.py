@@ -9,7 +9,7 @@ from mixsize_timm.curves import Curve
 from mixsize_timm.plots import against_gmacs, against_size
 
 from .runs import read_results
-from .settings import CONTROL, Setting, make_arms
+from .settings import CONTROL, Setting, make_arms, planned_arms
 from .studies import (
     SEEDS,
     Results,
@@ -75,13 +75,19 @@ def _whole(found: Dict[str, List[Dict[str, Any]]]) -> Results:
     return {name: [run for run in runs if 'failed' not in run] for name, runs in found.items()}
 
 
+def _planned(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> Dict[str, List[Dict[str, Any]]]:
+    """Those of the arms that are judged."""
+    return {name: found[name] for name in planned_arms(setting)}
+
+
 def _overview(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> str:
+    found = _planned(setting, found)
     results = _whole(found)
     control = curve_of(CONTROL, results)
     if control is None:
         return f'## {setting.title}\n\nNot run.\n'
     rows, target = [], control_of(results)
-    for name, arm in make_arms(setting).items():
+    for name, arm in planned_arms(setting).items():
         curve = curve_of(name, results)
         if curve is None:
             continue
@@ -115,13 +121,14 @@ def _plots(setting: Setting, results: Results) -> List[str]:
 
 def _section(setting: Setting, study: Study, found: Dict[str, List[Dict[str, Any]]]) -> str:
     """The answers of a study for a setting."""
-    arms = make_arms(setting)
+    arms, found = planned_arms(setting), _planned(setting, found)
+    names = [name for name in study.arms if name in arms]
     lines = study.answer(setting, _whole(found))
-    for name in study.arms:
+    for name in names:
         failed = [run for run in found[name] if 'failed' in run]
         if failed:
             lines.append(f'{arms[name].title}: {len(failed)} of {len(found[name])} runs failed: {failed[0]["failed"]}')
-    missing = [arms[name].title for name in study.arms if not found[name]]
+    missing = [arms[name].title for name in names if not found[name]]
     if missing:
         lines.append(f'Not run: {"; ".join(missing)}.')
     return '\n'.join([f'### {setting.title}\n', *(f'- {line}' for line in lines), ''])

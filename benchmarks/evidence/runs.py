@@ -114,6 +114,8 @@ def run_all(setting: Setting, arms: Dict[str, Arm], seeds: List[int], machine: M
     for name, seed in set(wanted) - set(missing):
         _check(setting, name, arms[name], seed)
     print(f'{setting.name}: {len(wanted) - len(missing)} of {len(wanted)} runs are there', flush=True)
+    if missing and not _prepare(setting, machine):
+        return len(missing)
     with ThreadPoolExecutor(machine.jobs) as pool:
         runs = [pool.submit(_run, setting, name, arms[name], seed, machine) for name, seed in missing]
         try:
@@ -122,6 +124,24 @@ def run_all(setting: Setting, arms: Dict[str, Arm], seeds: List[int], machine: M
             machine.stop()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _prepare(setting: Setting, machine: Machine) -> bool:
+    """Rewrite the data with smaller images, where the setting says so; whether they are there."""
+    command = preparation_command(setting, machine)
+    if not command:
+        return True
+    folder = data_folder(setting, machine)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_suffix('.log')
+    with _locked(folder.with_suffix('.lock')) as lock:
+        if lock is None:
+            print(f'{folder} is in use by another process', flush=True)
+            return False
+        code = machine.call(command, log, lock)
+    if code and not machine.over:
+        print(f'{folder}: the data were not prepared: see {log}', flush=True)
+    return code == 0
 
 
 def _check(setting: Setting, name: str, arm: Arm, seed: int) -> None:
@@ -151,20 +171,25 @@ def _run(setting: Setting, name: str, arm: Arm, seed: int, machine: Machine) -> 
             _write(setting, name, arm, seed, {**origin, 'commands': [_typed(train)], 'code': code, 'failed': last})
             return True
         (folder / 'finished').touch()
-        evaluations = [evaluation_command(setting, folder, machine, augmented) for augmented in (True, False)]
+        ways = (True, False) if setting.as_in_use else (True,)
+        evaluations = [evaluation_command(setting, folder, machine, augmented) for augmented in ways]
         for evaluate in evaluations:
             if machine.call(evaluate, folder.with_suffix('.evaluation.log'), lock):
                 if not machine.over:
                     print(f'{folder}: the evaluation failed: see {folder.with_suffix(".evaluation.log")}', flush=True)
                 return False
-    report, as_in_use = (json.loads((_report_folder(folder, augmented) / 'sizes.json').read_text(encoding='utf-8'))
-                         for augmented in (True, False))
-    measured = report['checkpoints'][0]
-    rows = [{**row, **{f'{key}_as_in_use': other[key] for key in ('top1', 'loss') if key in other}}
-            for row, other in zip(measured['results'], as_in_use['checkpoints'][0]['results'])]
-    place = {key: value for key, value in report['settings'].items() if key != 'command'}
+    reports = [json.loads((_report_folder(folder, augmented) / 'sizes.json').read_text(encoding='utf-8'))
+               for augmented in ways]
+    measured = reports[0]['checkpoints'][0]
+    rows = measured['results']
+    for report in reports[1:]:
+        rows = [{**row, **{f'{key}_as_in_use': other[key] for key in ('top1', 'loss') if key in other}}
+                for row, other in zip(rows, report['checkpoints'][0]['results'])]
+    place = {key: value for key, value in reports[0]['settings'].items() if key != 'command'}
+    preparation = preparation_command(setting, machine)
     _write(setting, name, arm, seed, {
-        'commands': [_typed(train), *map(_typed, evaluations)], **place, **origin, 'threads': machine.threads,
+        'commands': [_typed(train), *map(_typed, evaluations)],
+        **({'preparation': _typed(preparation)} if preparation else {}), **place, **origin, 'threads': machine.threads,
         'jobs': machine.jobs, **{key: measured[key] for key in ('model', 'num_params', 'calibrated', 'training')},
         'results': rows})
     return True
@@ -201,12 +226,28 @@ def training_options(setting: Setting, arm: Arm) -> Dict[str, Any]:
             'warmup_epochs': round(setting.warmup * arm.epochs)}
 
 
+def data_folder(setting: Setting, machine: Machine) -> Path:
+    """The folder that training reads."""
+    if setting.short_side is None:
+        return Path(machine.data) / setting.data
+    return machine.work / 'data' / f'{setting.data}-{setting.short_side}'
+
+
+def preparation_command(setting: Setting, machine: Machine) -> List[str]:
+    """The command that makes that folder, where it is not the data as they are."""
+    if setting.short_side is None:
+        return []
+    return [sys.executable, '-m', 'mixsize_timm.prepare', str(Path(machine.data) / setting.data),
+            str(data_folder(setting, machine)), *to_words({
+                'short_side': setting.short_side, 'format': 'parquet', 'split': ['train', 'validation', 'test']})]
+
+
 def training_command(setting: Setting, name: str, arm: Arm, seed: int, machine: Machine) -> List[str]:
     """The command of a training, which goes on where one was begun."""
     in_bf16 = setting.arguments.get('amp_dtype') == 'bfloat16' and machine.device == 'cpu'
     through = [IN_FLOAT32] if in_bf16 and not has_fast_bf16() else []
     return [sys.executable, '-m', *through, 'mixsize_timm.train', *to_words({
-        'dataset': f'hfds/{machine.data}/{setting.data}', **training_options(setting, arm), 'val_split': '',
+        'dataset': f'hfds/{data_folder(setting, machine)}', **training_options(setting, arm), 'val_split': '',
         'calibrate': 0, 'seed': seed, 'device': machine.device, 'output': machine.work / setting.name,
         'experiment': f'{name}-{seed}', 'resume': 'auto'})]
 

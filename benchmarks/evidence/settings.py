@@ -7,7 +7,7 @@ operations of training over those of the control.
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import timm
 import yaml
@@ -46,6 +46,9 @@ class Setting:
         model: Name of the timm model.
         model_kwargs: Its arguments.
         arguments: Further arguments of training that all arms have.
+        planned: Names of the arms that the studies have here, if not all of them.
+        short_side: The data are first rewritten with images of this shorter side, in pixels, if it is given.
+        as_in_use: Measure with statistics calibrated on images as in use too.
     """
     name: str
     title: str
@@ -65,6 +68,9 @@ class Setting:
     model: str
     model_kwargs: Dict[str, Any]
     arguments: Dict[str, Any]
+    planned: Sequence[str] = ()
+    short_side: Optional[int] = None
+    as_in_use: bool = True
 
     @classmethod
     def read(cls, name: str) -> 'Setting':
@@ -125,8 +131,14 @@ class Arm:
     epochs: int
 
 
+def planned_arms(setting: Setting) -> Dict[str, Arm]:
+    """The arms that are to be run, by name."""
+    arms = make_arms(setting)
+    return {name: arms[name] for name in setting.planned or arms}
+
+
 def make_arms(setting: Setting) -> Dict[str, Arm]:
-    """The arms of a setting by name."""
+    """All arms that there can be of a setting, by name."""
     return {CONTROL: Arm(f'fixed {setting.base_size} px', OFF, setting.epochs),
             **_mixed(setting), **_cheap(setting), **_specialists(setting), **_parts(setting), **_timms(setting),
             **_beyond(setting)}
@@ -160,9 +172,13 @@ def _mixed(setting: Setting) -> Dict[str, Arm]:
 
 
 def _cheap(setting: Setting) -> Dict[str, Arm]:
+    batch_size = setting.steps_batch_size
     return {
         'small-bplus-cheap': _mixsize(setting, f'MixSize B+ of small mean size, {CHEAP} of the cost', setting.small,
                                       'b+', CHEAP),
+        'small-bplus-anneal-steps-cheap': _mixsize(
+            setting, f'MixSize B+ of small mean size, annealed, {batch_size} in a batch, {CHEAP} of the cost',
+            setting.small, 'b+', CHEAP, anneal=1., batch_size=batch_size),
         'fixed-cheap': Arm(f'fixed {setting.base_size} px, {CHEAP} of the cost', OFF,
                            max(1, int(CHEAP * setting.epochs))),
     }

@@ -16,7 +16,7 @@ NO_TIME = '–'  # no run of an arm has a time that compares
 PAPER = ('dplus-equal', 'bplus', 'small-bplus', 'small-dplus')  # its regimes, at equal cost
 _DPLUS = ('dplus-equal', 'small-dplus')
 _OURS = ('small-bplus-anneal', 'small-bplus-anneal-steps', 'smaller-bplus')
-_CHEAP = ('small-bplus-cheap', 'fixed-cheap')
+_CHEAP = ('small-bplus-cheap', 'small-bplus-anneal-steps-cheap', 'fixed-cheap')
 _RIVALS = (*PAPER, *_OURS, 'timm', 'timm-steps')  # of the control
 _CONTROLS = (CONTROL, 'fixed-steps')  # in two batches
 _ONE_FOR_ALL = (*_DPLUS, 'small-bplus-anneal-steps')
@@ -221,9 +221,10 @@ def _parts(setting: Setting, results: Results) -> List[str]:
 
 def _beyond(setting: Setting, results: Results) -> List[str]:
     """Each regime of ours against the best of the paper's, by best accuracy and by the mean over all sizes."""
-    rivals = [curve for name in PAPER if (curve := curve_of(name, results)) is not None]
+    planned = [name for name in PAPER if name in results]
+    rivals = [curve for name in planned if (curve := curve_of(name, results)) is not None]
     lines = []
-    for name in _OURS if len(rivals) == len(PAPER) else ():
+    for name in _OURS if rivals and len(rivals) == len(planned) else ():
         curve = curve_of(name, results)
         if curve is None:
             continue
