@@ -44,7 +44,7 @@ def measure_run(run: str) -> List[Dict[str, Any]]:
     rows = []
 
     def record(way: str, size: int, used: nn.Module) -> None:
-        metrics = validate(used, data.validation_loader(size), task, data.accelerator)
+        metrics, = validate([used], data.validation_loader(size), task, data.accelerator)
         rows.append({'way': way, 'img_size': size, 'top1': metrics['top1'], 'loss': metrics['loss']})
 
     stats = BatchNormStats(fingerprint(model))

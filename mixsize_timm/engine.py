@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from accelerate import Accelerator
@@ -364,7 +364,7 @@ class StepMeter:
 
 @torch.inference_mode()
 def validate(
-        model: nn.Module,
+        models: Sequence[nn.Module],
         loader: Iterable,
         task: TrainingTask,
         accelerator: Accelerator,
@@ -372,13 +372,13 @@ def validate(
         model_dtype: Optional[torch.dtype] = None,
         tta: int = 0,
         on_batch: Optional[Callable[[], None]] = None,
-) -> Dict[str, float]:
-    """Evaluate a model over a whole data set, each image counted once for any number of processes.
+) -> List[Dict[str, float]]:
+    """Evaluate models over a whole data set, each image read once for all of them and counted once for all processes.
 
     Args:
-        model: The model; put in evaluation mode.
+        models: The models, such as one with its own batch-norm statistics and one calibrated; put in evaluation mode.
         loader: timm evaluation loader at the size to evaluate at; under several processes a distributed one.
-        task: Makes the evaluator that fits the targets.
+        task: Makes the evaluators that fit the targets.
         accelerator: Owns devices, precision and processes.
         channels_last: As in :func:`train_one_epoch`.
         model_dtype: As in :func:`train_one_epoch`.
@@ -386,18 +386,21 @@ def validate(
         on_batch: Called before each batch.
 
     Returns:
-        What timm's evaluator for the task gives: ``loss``, and for single labels ``top1`` and ``top5`` in per cent.
+        What timm's evaluator for the task gives, for each model: ``loss``, and for single labels ``top1`` and ``top5``
+        in per cent.
     """
-    model.eval()
-    evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader))
+    evaluators = [task.create_evaluator(max_samples=evaluation_sample_limit(loader)) for _ in models]
+    for model in models:
+        model.eval()
     for images, targets in loader:
         if on_batch is not None:
             on_batch()
         images = to_device(images, accelerator.device, model_dtype)
         targets = targets.to(accelerator.device, non_blocking=True)
-        views = [images, images.flip(-1)] if tta == 2 else [images]
-        with accelerator.autocast():
-            outputs = [model(in_format(view, channels_last)) for view in views]
-        outputs = [output[0] if isinstance(output, (tuple, list)) else output for output in outputs]
-        evaluator.update(torch.stack(outputs).mean(0) if len(outputs) > 1 else outputs[0], targets)
-    return evaluator.compute(distributed=accelerator.num_processes > 1)
+        views = [in_format(view, channels_last) for view in ([images, images.flip(-1)] if tta == 2 else [images])]
+        for model, evaluator in zip(models, evaluators):
+            with accelerator.autocast():
+                outputs = [model(view) for view in views]
+            outputs = [output[0] if isinstance(output, (tuple, list)) else output for output in outputs]
+            evaluator.update(torch.stack(outputs).mean(0) if len(outputs) > 1 else outputs[0], targets)
+    return [evaluator.compute(distributed=accelerator.num_processes > 1) for evaluator in evaluators]

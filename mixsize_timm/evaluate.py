@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import time
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -229,11 +229,12 @@ class Evaluation:
                        stats: BatchNormStats) -> List[Dict[str, Any]]:
         args, task = data.args, create_task(model, data)
 
-        def evaluate(model: nn.Module, size: int) -> Dict[str, float]:
-            metrics = validate(model, data.validation_loader(size), task, self.accelerator, args.channels_last,
-                               model_dtype(args), args.tta)
-            _logger.info('%s  %d px  %s', name, size, '  '.join(f'{key} {x:.4g}' for key, x in metrics.items()))
-            return metrics
+        def evaluate(models: Sequence[nn.Module], size: int) -> List[Dict[str, float]]:
+            all_metrics = validate(models, data.validation_loader(size), task, self.accelerator, args.channels_last,
+                                   model_dtype(args), args.tta)
+            for metrics in all_metrics:
+                _logger.info('%s  %d px  %s', name, size, '  '.join(f'{key} {x:.4g}' for key, x in metrics.items()))
+            return all_metrics
 
         def calibrate(model: nn.Module, size: int) -> nn.Module:
             if self._counted and size not in stats.by_size:

@@ -18,7 +18,7 @@ Z_95 = 1.959964  # of the normal distribution: 95 % lie within so many deviation
 def measure_sizes(
         model: nn.Module,
         sizes: Sequence[int],
-        validate: Callable[[nn.Module, int], Dict[str, float]],
+        validate: Callable[[Sequence[nn.Module], int], List[Dict[str, float]]],
         calibrate: Optional[Callable[[nn.Module, int], nn.Module]] = None,
         *,
         num_images: Optional[int],
@@ -30,7 +30,7 @@ def measure_sizes(
     Args:
         model: The model.
         sizes: Image sizes in pixels.
-        validate: Gives the metrics of a model at a size: accuracies in per cent, and ``loss``.
+        validate: Gives the metrics of each of some models at a size: accuracies in per cent, and ``loss``.
         calibrate: Gives the model calibrated for a size; without it only the model's own statistics are used.
         num_images: Images that are validated on, if that is known: without there is no interval.
         shape: Gives the channels, height and width of an image of a size.
@@ -44,19 +44,17 @@ def measure_sizes(
     """
     rows = []
     for size in sizes:
-        own = used = validate(model, size)
-        statistics = digest(model)
-        if calibrate is not None:
-            calibrated = calibrate(model, size)
-            used, statistics = validate(calibrated, size), digest(calibrated)
-            if stats is not None:
-                stats.add(size, calibrated)
+        models = [model] if calibrate is None else [model, calibrate(model, size)]
+        metrics = validate(models, size)
+        own, used = metrics[0], metrics[-1]
+        if calibrate is not None and stats is not None:
+            stats.add(size, models[-1])
         row = {'img_size': size, 'images': num_images, 'gmacs': count_gmacs(model, shape(size)), **used}
         for name in ('top1', 'top5'):
             if name in used and num_images:
                 row[f'{name}_low'], row[f'{name}_high'] = accuracy_interval(used[name], num_images)
         rows.append({**row, **{f'{name}_uncalibrated': value for name, value in own.items()},
-                     'statistics': statistics})
+                     'statistics': digest(models[-1])})
     return rows
 
 

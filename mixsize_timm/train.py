@@ -319,10 +319,10 @@ class Training:
                 used[name] = self.data.calibrate(model, size, self.args.calibrate_val)
             if self.data.validation is None:
                 continue
-            own = metrics = self._evaluate(model, size)
-            text = _summary(own)
-            if calibrating:
-                metrics = self._evaluate(used[name], size)
+            own, *others = self._evaluate([model, used[name]] if calibrating else [model], size)
+            metrics, text = own, _summary(own)
+            if others:
+                metrics = others[0]
                 text = f'calibrated: {_summary(metrics)}   running statistics: {text}'
                 metrics = {**metrics, **{f'{k}_uncalibrated': v for k, v in own.items()}}
             _logger.info('Validation %d%s  %d px  %s', epoch, ' of the average' if name == 'ema' else '', size, text)
@@ -392,10 +392,10 @@ class Training:
         """The moving average where it is validated, else the model."""
         return self.ema if self.ema is not None and not self.args.model_ema_force_cpu else self.whole_model
 
-    def _evaluate(self, model: nn.Module, size: int) -> Dict[str, float]:
+    def _evaluate(self, models: Sequence[nn.Module], size: int) -> List[Dict[str, float]]:
         # torch's loaders draw from the global generator; only with --mixsize off shall training feel it, as timm's does
         with torch.random.fork_rng(devices=[], enabled=self.data.loader_regime is not None):
-            return validate(model, self.data.validation_loader(size), self.task, self.accelerator,
+            return validate(models, self.data.validation_loader(size), self.task, self.accelerator,
                             self.args.channels_last, model_dtype(self.args), self.args.tta, self._before_batch)
 
     def _before_batch(self) -> None:

@@ -814,7 +814,7 @@ def test_a_step_waits_for_the_device(fill, monkeypatch):
 def test_an_image_is_validated_together_with_its_mirror_image(fill, tta, views):
     built, seen = Built(fill(f'{BASE} --tta {tta} -vb 8')), []
     built.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    built.training._evaluate(built.model, 32)
+    built.training._evaluate([built.model], 32)
     assert len(seen) == views and torch.equal(seen[-1], seen[0].flip(-1)) == (views == 2)
 
 
@@ -823,7 +823,7 @@ def test_best_is_chosen_by_the_metric(fill, tmp_path, monkeypatch, metric, best)
     epochs = iter([dict(loss=3., top1=9., top5=10.), dict(loss=2., top1=7., top5=11.), dict(loss=1., top1=8., top5=9.)])
     built = Built(fill(f'{BASE} --calibrate-val 0 --stop-epoch 3 --output {tmp_path} --eval-metric {metric}'))
     monkeypatch.setattr(train, 'train_one_epoch', lambda *args, **kwargs: {'loss': 0.})
-    monkeypatch.setattr(train, 'validate', lambda *args: next(epochs))
+    monkeypatch.setattr(train, 'validate', lambda *args: [next(epochs)])
     monkeypatch.setattr(built.training, '_report_sizes', lambda: None)
     built.training.run()
     assert built.training.history.entries[0][0] == best

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mixsize_timm import memory, train
 from mixsize_timm.args import parse_args
 from mixsize_timm.build import create_optimizer
-from mixsize_timm.engine import NonFiniteLoss, Progress, train_one_epoch
+from mixsize_timm.engine import NonFiniteLoss, Progress, train_one_epoch, validate
 from mixsize_timm.errors import UsageError
 from mixsize_timm.regime import Regime
 from mixsize_timm.sampler import MixSizeBatchSampler, plan_epoch
@@ -301,3 +301,20 @@ def test_another_number_of_processes_shares_the_same_plan(multiple, units, saved
         # the mean over processes of (weight x mean over its images) is the group's weight times the mean over its own
         assert all(part.weight == pytest.approx(group.weight * len(part.images) * world / group.batch)
                    for part in parts)
+
+
+@pytest.mark.parametrize('tta', [0, 2])
+def test_models_that_are_validated_together_share_the_images_and_are_measured_as_alone(tta):
+    loop, read = Loop(), []
+    models = [loop.model, timm.create_model('test_vit', num_classes=2, img_size=32)]
+
+    def loader():
+        for batch in loop.batches:
+            read.append(1)
+            yield batch
+
+    together = validate(models, loader(), loop.task, loop.accelerator, tta=tta)
+    assert len(read) == len(loop.batches)
+    alone = [validate([model], loader(), loop.task, loop.accelerator, tta=tta)[0] for model in models]
+    assert together == alone and together[0]['loss'] != together[1]['loss']
+    assert not any(model.training for model in models)

@@ -82,13 +82,14 @@ def test_rows_hold_the_used_and_the_own_metrics():
     model, stats = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)), BatchNormStats('')
     other = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1))
     rows = measure_sizes(
-        model, (8, 16), lambda m, size: {'top1': 50. if m is model else 75., 'loss': size / 10},
+        model, (8, 16), lambda ms, size: [{'top1': 50. if m is model else 75., 'loss': size / 10} for m in ms],
         lambda m, size: other, num_images=100, shape=lambda size: (3, size, size), stats=stats)
     assert [row['img_size'] for row in rows] == [8, 16] and stats.sizes == (8, 16)
     assert all(row['top1'] == 75 and row['top1_uncalibrated'] == 50 and row['images'] == 100 for row in rows)
     assert (rows[0]['top1_low'], rows[0]['top1_high']) == accuracy_interval(75, 100)
     assert rows[1]['gmacs'] == 4 * rows[0]['gmacs'] and rows[1]['loss'] == 1.6
-    plain = measure_sizes(model, (8,), lambda m, size: {'map': 30.}, num_images=10, shape=lambda size: (3, size, size))
+    plain = measure_sizes(model, (8,), lambda ms, size: [{'map': 30.} for _ in ms], num_images=10,
+                          shape=lambda size: (3, size, size))
     assert plain[0]['map'] == plain[0]['map_uncalibrated'] == 30 and 'map_low' not in plain[0]
 
 

@@ -56,7 +56,7 @@ def test_the_moving_average_is_what_is_validated_and_best(run):
     assert any(not torch.equal(raw[name], average[name]) for name in raw if name.endswith('conv1.weight'))
     with torch.no_grad():  # the summary is of the average: of the last epoch, calibrated
         used = training.data.calibrate(training.ema, 32, training.args.calibrate_val)
-    metrics = training._evaluate(used, 32)
+    metrics, = training._evaluate([used], 32)
     assert float(summary(folder)[-1]['eval_loss']) == pytest.approx(metrics['loss'], abs=1e-6)
 
 
@@ -225,7 +225,7 @@ def test_two_views_average_an_image_and_its_mirror_image(run, off):
             outputs.append((training.model(images) + training.model(images.flip(3))) / 2)
         targets.append(target)
     expected = nn.functional.cross_entropy(torch.cat(outputs), torch.cat(targets)).item()
-    assert training._evaluate(training.model, 32)['loss'] == pytest.approx(expected, rel=1e-5)
+    assert training._evaluate([training.model], 32)[0]['loss'] == pytest.approx(expected, rel=1e-5)
 
 
 def test_weights_in_half_precision_stay_so_to_the_end(run):
