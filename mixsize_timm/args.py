@@ -17,7 +17,7 @@ from .datasets import DIGITS
 from .errors import UsageError, refusing
 from .parser import build_parser
 from .recipe import read_recipe
-from .regime import Regime
+from .regime import PRESET_OPTIONS, Regime
 from .saver import CheckpointInterval
 from .tokens import holds_token
 
@@ -327,7 +327,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f'{flag(name)} must be at least 1, not {value}')
-    if abs(args.mixsize_anneal) > 1:
+    if abs(args.mixsize_anneal or 0) > 1:
         raise UsageError(f'--mixsize-anneal must be from -1 to 1, not {args.mixsize_anneal}')
     for name in ('workers', 'calibrate', 'calibrate_val', 'seed', 'recovery_interval', 'mixsize_reg', 'epoch_repeats',
                  'aug_repeats', 'start_epoch', 'max_nonfinite', 'worker_timeout', 'train_pad'):
@@ -360,8 +360,8 @@ def _check_mixsize(args: argparse.Namespace, given: argparse.Namespace) -> None:
             raise UsageError('--mixsize-sizes and --mixsize-probs need --mixsize custom')
         args.mixsize_sizes = args.mixsize_probs = None
     if args.mixsize == 'off':
-        for name, default in (('adapt', 'd+'), ('duplicates', 1), ('max_work', None), ('batch_multiple', 1),
-                              ('drop', 'tail'), ('reg', 0), ('anneal', 0)):
+        for name, default in (('adapt', None), ('duplicates', 1), ('max_work', None), ('batch_multiple', 1),
+                              ('drop', 'tail'), ('reg', 0), ('anneal', None)):
             if getattr(given, f'mixsize_{name}') != default:
                 raise UsageError(f'--mixsize off trains one size: leave out --mixsize-{name.replace("_", "-")}')
         _check_loader(args, given)
@@ -490,10 +490,13 @@ def make_regime(args: argparse.Namespace, input_size: Tuple[int, int, int]) -> O
         return None
     if input_size[1] != input_size[2]:
         raise UsageError(f'MixSize trains square images, not {input_size[1]}x{input_size[2]}: use --mixsize off')
+    stated = {name: value for name in ('adapt', 'anneal') if (value := getattr(args, f'mixsize_{name}')) is not None}
     options = dict(
-        batch_size=args.batch_size, duplicates=args.mixsize_duplicates, adapt=args.mixsize_adapt,
-        max_work=args.mixsize_max_work, anneal=args.mixsize_anneal, epochs=args.epochs if args.mixsize_anneal else None,
+        PRESET_OPTIONS.get(mode, {}), batch_size=args.batch_size, duplicates=args.mixsize_duplicates,
+        max_work=args.mixsize_max_work, **stated,
         batch_multiple=math.lcm(args.mixsize_batch_multiple, 2 if mixing(args) else 1))  # timm's mixup wants pairs
+    if options.get('anneal'):
+        options['epochs'] = args.epochs
     try:
         if mode == 'custom':
             return Regime(tuple(args.mixsize_sizes), tuple(args.mixsize_probs or ()), base_size=base_size, **options)

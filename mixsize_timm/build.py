@@ -285,19 +285,21 @@ def create_schedule(args: argparse.Namespace, optimizer: Any, data: Data) -> Tup
 
 
 def scale_lr(args: argparse.Namespace, data: Data) -> float:
-    """The learning rate: ``--lr``, or ``--lr-base`` scaled to the base batch of all processes as timm does.
+    """The learning rate: ``--lr``, or ``--lr-base`` scaled to the batch of all processes as timm does.
 
-    Duplicates and the batches of other sizes do not count; the mean batch is logged beside.
+    That is ``--batch-size``: at most presets the base batch, at ``a144`` the mean batch. Duplicates and the batches of
+    other sizes do not count; the base and the mean batch are logged beside.
     """
-    regime = data.regime
-    batch = data.mean_batch * data.plan_world_size * args.grad_accum_steps
-    mean = batch * regime.mean_batch / regime.batch_size if regime else batch
+    regime, processes = data.regime, data.plan_world_size * args.grad_accum_steps
+    batch = data.mean_batch * processes
+    beside = '' if regime is None else (
+        f'; the base batch is {regime.batch_size * processes}, the mean batch {regime.mean_batch * processes:.1f}')
     if args.lr:
-        _logger.info('Learning rate %.4g; the base batch is %g, the mean batch %.1f', args.lr, batch, mean)
+        _logger.info('Learning rate %.4g%s', args.lr, beside or f'; the mean batch is {batch:g}')
         return args.lr
     root = args.lr_base_scale == 'sqrt' or (
         not args.lr_base_scale and any(name in args.opt.lower() for name in ('ada', 'lamb')))
     lr = args.lr_base * (batch / args.lr_base_size)**(0.5 if root else 1)
-    _logger.info('Learning rate %.4g: %g for %d images, scaled %s to the base batch of %g; the mean batch is %.1f',
-                 lr, args.lr_base, args.lr_base_size, 'by the root' if root else 'linearly', batch, mean)
+    _logger.info('Learning rate %.4g: %g for %d images, scaled %s to a batch of %g%s',
+                 lr, args.lr_base, args.lr_base_size, 'by the root' if root else 'linearly', batch, beside)
     return lr

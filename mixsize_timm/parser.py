@@ -46,9 +46,11 @@ def _add_mixsize(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('MixSize')
     group.add_argument('--mixsize', choices=MIXSIZE_MODES, default=None,
                        help='regime of sizes: a preset relative to the base size, "custom" with --mixsize-sizes, or '
-                            '"off" for timm\'s own loader (default: cifar for a base size under 96, else s224)')
-    group.add_argument('--mixsize-adapt', choices=ADAPT_MODES, default='d+',
-                       help='what small images save is spent on: a larger batch, duplicates, or both (default: d+)')
+                            '"off" for timm\'s own loader; with a144, s144 annealed, --batch-size is the mean over the '
+                            'steps, else that of the base size (default: cifar for a base size under 96, else s224)')
+    group.add_argument('--mixsize-adapt', choices=ADAPT_MODES, default=None,
+                       help='what small images save is spent on: a larger batch, duplicates, or both (default: d+; b+ '
+                            'with a144)')
     group.add_argument('--mixsize-sizes', type=int, nargs='+', default=None, metavar='N',
                        help='image sizes of a custom regime')
     group.add_argument('--mixsize-probs', type=float, nargs='+', default=None, metavar='P',
@@ -63,10 +65,10 @@ def _add_mixsize(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--mixsize-drop', choices=DROP_RULES, default='tail',
                        help='what becomes of images that fill no batch of their size: handed to other sizes, or '
                             'dropped as in the paper (default: tail)')
-    group.add_argument('--mixsize-anneal', type=float, default=0., metavar='X',
+    group.add_argument('--mixsize-anneal', type=float, default=None, metavar='X',
                        help='train small images early and large ones late: at 1 the size farthest from the mean has '
                             'twice its share at one end of the run and none at the other; over the run every size '
-                            'keeps its share; below 0 large ones come first (default: 0, off)')
+                            'keeps its share; below 0 large ones come first (default: 0, off; 1 with a144)')
     group.add_argument('--mixsize-reg', type=float, default=0., metavar='X',
                        help='regularise large images more and small ones less: augmentation magnitude, dropout, '
                             'stochastic depth and mixup are multiplied by 1 + X (size / base size - 1) '

@@ -443,7 +443,7 @@ class Planner:
             row['memory'] = memory.of(row['img_size'], self._at_once(row['img_size']))
         document: Dict[str, Any] = {
             'model': args.model, 'adapt': regime.adapt if self.data.regime else 'off', 'base_size': regime.base_size,
-            'base_batch': args.batch_size * cost.world_size, 'mean_batch': regime.mean_batch * cost.world_size,
+            'base_batch': regime.batch_size * cost.world_size, 'mean_batch': regime.mean_batch * cost.world_size,
             'processes': cost.world_size, 'num_images': cost.num_images, 'epochs': self.num_epochs, 'lr': args.lr,
             'steps': cost.num_steps, 'fixed_steps': fixed.num_steps, 'left_out': cost.left_out,
             'relative_pixels': cost.pixels / fixed.pixels, 'relative_gmacs': cost.epoch_gmacs / fixed.epoch_gmacs,

@@ -18,7 +18,9 @@ _IMAGENET_PRESETS = {
     's144': {-4: 0.2, -3: 0.6, 0: 0.1, 1: 0.1},
 }
 _CIFAR_PRESET = {Fraction(1, 2): 0.2, Fraction(3, 4): 0.3, Fraction(1): 0.3, Fraction(3, 2): 0.2}
-PRESETS = (*_IMAGENET_PRESETS, 'cifar')
+PRESETS = (*_IMAGENET_PRESETS, 'cifar', 'a144')
+# What a preset takes for arguments that are not given. That of s144 annealed is ours (docs/results.md, study 6).
+PRESET_OPTIONS: Mapping[str, Mapping[str, Any]] = {'a144': {'adapt': 'b+', 'anneal': 1.}}
 
 SIZE_MULTIPLE = 8  # preset sizes other than the base size are rounded to it
 
@@ -78,16 +80,21 @@ class Regime:
 
     @classmethod
     def preset(cls, name: str, base_size: int = 224, **kwargs: Any) -> 'Regime':
-        """A regime of the paper, scaled to a base size.
+        """A regime of the paper, or ours, scaled to a base size.
 
         Args:
-            name: ``s224`` (mean size equal to the base size), ``s144`` (mean 144 for a base of 224) or ``cifar``.
+            name: ``s224`` (mean size equal to the base size), ``s144`` (mean 144 for a base of 224) or ``cifar``, of
+                the paper; ``a144``, ours: ``s144`` annealed, by B+ if nothing else is said, and ``batch_size`` the
+                mean over its steps, not that of the base size.
             base_size: Base size ``S0`` in pixels.
             **kwargs: The other arguments of :class:`Regime`.
 
         Raises:
             ValueError: The preset is unknown, or the base size too small for it.
         """
+        if name == 'a144':
+            regime = cls.preset('s144', base_size, **{**PRESET_OPTIONS[name], **kwargs})
+            return replace(regime, batch_size=max(1, round(regime.batch_size**2 / regime.mean_batch)))
         if name in _IMAGENET_PRESETS:
             increment = base_size // 7
             weighted = {base_size + k * increment: p for k, p in _IMAGENET_PRESETS[name].items()}

@@ -91,6 +91,14 @@ def test_arguments_reach_the_regime():
     assert make_regime(parse_args(['x', '--mixsize', 'off']), (3, 32, 48)) is None
 
 
+@pytest.mark.parametrize('words, adapt, anneal, epochs', [
+    ('', 'b+', 1, 7), ('--mixsize-adapt d+', 'd+', 1, 7), ('--mixsize-anneal 0.5', 'b+', 0.5, 7),
+    ('--mixsize-anneal 0', 'b+', 0, None)])
+def test_a_preset_brings_options_that_the_command_line_changes(words, adapt, anneal, epochs):
+    regime = make_regime(parse_args(['x', '--mixsize', 'a144', '--epochs', '7', *words.split()]), (3, 224, 224))
+    assert (regime.adapt, regime.anneal, regime.epochs) == (adapt, anneal, epochs)
+
+
 @pytest.mark.parametrize('asked, mixup, multiple', [('1', '0', 1), ('8', '0', 8), ('3', '0.2', 6), ('8', '0.2', 8)])
 def test_batches_suit_the_device_and_the_pairs_of_mixup(asked, mixup, multiple):
     args = parse_args(['x', '--mixsize-batch-multiple', asked, '--mixup', mixup, '-b', '100'])

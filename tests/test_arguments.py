@@ -176,6 +176,7 @@ OFF = '--mixsize off '
 MIXSIZE = [
     Row('mixsize', '--mixsize off', lambda b: type(b.data.loader).__name__, 'PrefetchLoader'),
     Row('mixsize', '--mixsize s144', lambda b: b.data.regime.probs[0], pytest.approx(0.8)),
+    Row('mixsize', '--mixsize a144', lambda b: b.data.regime.anneal, 1, '--epochs 2'),
     Row('mixsize_adapt', '--mixsize-adapt b+', lambda b: set(b.plan.duplicates), {1}),
     Row('mixsize_sizes', '--mixsize-sizes 32 40', lambda b: sorted(b.loader.dataset.maker.transforms), [32, 40]),
     Row('mixsize_probs', '--mixsize-probs 5 1', lambda b: sum(b.plan.batch[b.plan.size == 32]), 20,

@@ -64,6 +64,23 @@ def test_max_work_caps_every_step():
     assert regime.group(288) == (38, 1) and regime.group(224) == (64, 1)
 
 
+@given(base_size=st.integers(32, 500), batch_size=st.integers(4, 1000))
+def test_the_batch_of_a144_is_the_mean_over_its_steps(base_size, batch_size):
+    """To one image at the base size; sizes and shares are those of s144."""
+    regime, paper = Regime.preset('a144', base_size, batch_size=batch_size, epochs=3), Regime.preset('s144', base_size)
+    assert (regime.sizes, regime.probs) == (paper.sizes, paper.probs)
+    assert (regime.adapt, regime.anneal, regime.epochs) == ('b+', 1, 3)
+    assert abs(regime.mean_batch - batch_size) < regime.mean_batch / regime.batch_size
+
+
+def test_what_a144_brings_gives_way_to_what_is_said():
+    assert groups(Regime.preset('a144', adapt='d+', batch_size=64, epochs=3)) == {
+        96: (64, 5), 128: (64, 3), 224: (64, 1), 256: (64, 1)}
+    assert Regime.preset('a144', anneal=0.).anneal == 0
+    with pytest.raises(ValueError, match='number of epochs'):
+        Regime.preset('a144')
+
+
 def test_half_is_rounded_to_even_exactly():
     assert Regime((30, 36), base_size=30, batch_size=18, adapt='b+').group(36) == (12, 1)  # 12.5
     assert Regime((30, 36), base_size=30, batch_size=54, adapt='b+').group(36) == (38, 1)  # 37.5
