@@ -19,6 +19,7 @@ from torch import nn
 
 from mixsize_timm.args import make_regime, parse_args
 from mixsize_timm.errors import INTERRUPTED, STOPPED
+from mixsize_timm.prepare import parse_args as prepare_args
 from mixsize_timm.sampler import plan_epoch
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +63,15 @@ def test_every_arm_of_every_study_is_one_that_can_be_run(evidence, studied):
         used = {name for study in studies.values() for name in study.arms}
         assert used == set(arms)
         assert list(studies) == list(evidence('__main__').STUDIES)
+
+
+def test_what_is_planned_is_there_and_has_a_control(evidence, studied):
+    settings = evidence('settings')
+    for setting, arms in studied:
+        planned = settings.planned_arms(setting)
+        assert set(planned) <= set(arms) and settings.CONTROL in planned
+        assert all(planned[name] == arms[name] for name in planned)
+        assert setting.planned or planned == arms
 
 
 def test_every_command_of_training_is_taken_by_the_parser(evidence, studied, tmp_path):
@@ -141,6 +151,29 @@ def test_a_missing_run_is_made_and_one_that_is_there_is_not(evidence, studied, t
     changed = {'fixed': replace(arms['fixed'], epochs=arms['fixed'].epochs + 1)}
     with pytest.raises(ValueError, match='other options'):
         runs.run_all(setting, changed, [7], machine(evidence, tmp_path / 'work'))
+
+
+def test_data_are_made_smaller_once_before_the_runs(evidence, studied, tmp_path, monkeypatch):
+    """And the run that was asked for reads them; without them none is begun."""
+    runs = evidence('runs')
+    setting, arms = next((setting, arms) for setting, arms in studied if setting.short_side)
+    monkeypatch.setattr(runs, 'RESULTS', tmp_path / 'results')
+    code, called = 2, []
+    monkeypatch.setattr(runs.Machine, 'call', lambda self, command, *_: called.append(command) or code)
+    (tmp_path / setting.data).mkdir()
+    place = machine(evidence, tmp_path / 'work', data=tmp_path)
+    assert runs.run_all(setting, {'fixed': arms['fixed']}, [7, 8], place) == 2
+    (prepare,) = called
+    given = prepare_args(prepare[prepare.index('mixsize_timm.prepare') + 1:])
+    assert given.src == str(tmp_path / setting.data) and given.short_side == setting.short_side
+    assert {'train', setting.test_split} <= set(given.split)
+    train = runs.training_command(setting, 'fixed', arms['fixed'], 7, place)
+    assert train[train.index('--dataset') + 1] == f'hfds/{given.dst}'
+
+    code, called[:] = 0, []
+    monkeypatch.setattr(runs, '_run', lambda *args: called.append('run') or True)
+    assert runs.run_all(setting, {'fixed': arms['fixed']}, [7, 8], place) == 0
+    assert called == [prepare, 'run', 'run']
 
 
 @pytest.mark.parametrize('code', [INTERRUPTED, STOPPED, -signal.SIGTERM, 128 + signal.SIGKILL])
@@ -370,7 +403,8 @@ def test_the_page_has_every_number_with_its_arm(evidence, studied, tmp_path, mon
     folder.mkdir(parents=True)
     place = {'machine': 'a machine', 'device': 'cpu', 'threads': 1, 'precision': 'no', 'versions': 'torch 0',
              'commit': '0123456789abcdef', 'date': '2026-01-01'}
-    for arm, base, seeds in (('fixed', 60., 2), ('bplus', 61.25, 4)):
+    assert 'bplus' not in setting.planned
+    for arm, base, seeds in (('fixed', 60., 2), ('small-bplus', 61.25, 4), ('bplus', 41.5, 1)):
         for seed in range(1, seeds + 1):
             rows = [{'img_size': size, 'top1': base + seed, 'top1_uncalibrated': 5., 'gmacs': float(size)}
                     for size in setting.sizes]
@@ -384,5 +418,7 @@ def test_the_page_has_every_number_with_its_arm(evidence, studied, tmp_path, mon
     assert '63.75 ± 1.29' in text and '1 of 1 runs failed: no memory' in text and '0123456789abcdef' in text
     assert '**Not finished:** 6 of ' in text  # the fourth seed is not one that was wanted
     assert 'Not run: ' in text and 'a machine, cpu' in text
+    judged, every_arm = text.split('## Every arm at every size')
+    assert '42.50' in every_arm and '42.50' not in judged  # what is not planned is shown, and judged nowhere
     assert {path.name for path in (tmp_path / 'plots').iterdir()} == {
         f'{setting.name}-size.png', f'{setting.name}-gmacs.png'}
