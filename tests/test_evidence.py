@@ -49,10 +49,11 @@ def machine(evidence, folder, **kwargs):
                                        'device': 'cpu', 'deadline': None, **kwargs})
 
 
-def run_of(arm, seed, accuracies, gmacs=(1., 2., 4.), training=10., regime='cifar', through=''):
+def run_of(arm, seed, accuracies, gmacs=(1., 2., 4.), training=10., regime='cifar', through='', date='today'):
     rows = [{'img_size': size, 'top1': value, 'top1_uncalibrated': value - 1, 'gmacs': cost}
             for size, value, cost in zip((16, 24, 32), accuracies, gmacs)]
-    return {'title': arm, 'seed': seed, 'results': rows, 'calibrated': 1, 'options': {'mixsize': regime, 'epochs': 3},
+    return {'title': arm, 'seed': seed, 'date': date, 'results': rows, 'calibrated': 1,
+            'options': {'mixsize': regime, 'epochs': 3},
             'training': {'gmacs': training, 'seconds': 2 * training, 'steps': 5},
             'commands': [f'python -m {through} mixsize_timm.train']}
 
@@ -305,6 +306,17 @@ def test_times_of_runs_whose_bf16_is_computed_in_float32_are_left_out(evidence):
     results['timm'] = results['fixed'][1:]
     times = [evidence('studies').times_as_long(name, results) for name in results]
     assert times == ['1.00', '1.20', '–']
+
+
+def test_times_are_compared_within_a_day(evidence):
+    """On another one it was another machine; a run of a day without the control has no time that compares."""
+    accuracies = (50., 60., 70.)
+    fixed = [run_of('fixed', seed, accuracies, training=t, date=day) for seed, t, day in (
+        (1, 10., 'Mon'), (2, 30., 'Tue'), (3, 50., 'Tue'))]
+    timm = [run_of('timm', seed, accuracies, training=t, date=day) for seed, t, day in (
+        (1, 11., 'Mon'), (2, 52., 'Tue'), (3, 900., 'Wed'))]
+    results = {'fixed': fixed, 'timm': timm, 'bplus': timm[2:]}
+    assert [evidence('studies').times_as_long(name, results) for name in results] == ['1.00', '1.20', '–']
 
 
 @pytest.mark.parametrize('fast', [True, False])

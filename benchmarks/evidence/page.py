@@ -43,7 +43,9 @@ size, or by timm's scheduled sizes, is given the better of calibrated and own st
 chosen on the images that are measured on, but best and matching sizes are read off the same means. The fixed size was
 trained in two batches, and what is compared with it is compared with the better of the two. Costs are over those of the
 control, the model trained at one size: operations are multiply-accumulates, times are of training steps with their
-loading, on machines that did other work beside, and only of runs whose processor has bf16.
+loading, on machines that did other work beside, over the control's of the same day, and only of runs whose processor
+has the precision they train in. Of an arm that is in none of these tables single runs were made; they are
+[with the others](#every-arm-at-every-size), and judged nowhere.
 """
 
 

@@ -86,9 +86,13 @@ def with_bf16(runs: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
 
 
 def times_as_long(name: str, results: Results) -> str:
-    """Time of training of an arm over the control's, of the runs whose times compare; in words for the page."""
-    of_arm, of_control = ([run['training']['seconds'] for run in with_bf16(results[arm])] for arm in (name, CONTROL))
-    return f'{mean(of_arm) / mean(of_control):.2f}' if of_arm and of_control else NO_TIME
+    """Time of training of an arm over the control's of the same day, as other days had other machines; for the page."""
+    of_control: Dict[str, List[float]] = {}
+    for run in with_bf16(results[CONTROL]):
+        of_control.setdefault(run['date'], []).append(run['training']['seconds'])
+    times = [run['training']['seconds'] / mean(of_control[run['date']]) for run in with_bf16(results[name])
+             if run['date'] in of_control]
+    return f'{mean(times):.2f}' if times else NO_TIME
 
 
 def fewer_operations(curve: Curve, control: Curve, base_size: int) -> Optional[Tuple[int, float]]:
