@@ -17,7 +17,7 @@ from smoothing import seconds_of
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 
-from mixsize_timm.regime import ADAPT_MODES, PRESETS, Regime
+from mixsize_timm.regime import ADAPT_MODES, PRESET_OPTIONS, PRESETS, Regime
 from mixsize_timm.smoothing import GradientSmoother
 
 MODES = ('eager', 'compiled')
@@ -111,7 +111,7 @@ def table_rows(result: Dict[str, Any], on_gpu: bool) -> List[List[Any]]:
 def main() -> None:
     parser = make_parser(__doc__, device=True)
     parser.add_argument('--model', default='resnet18')
-    parser.add_argument('--mixsize', default='s144', choices=PRESETS)
+    parser.add_argument('--mixsize', default='s144', choices=sorted(set(PRESETS) - set(PRESET_OPTIONS)))
     parser.add_argument('--mixsize-adapt', default='b+', choices=ADAPT_MODES)
     parser.add_argument('--mixsize-batch-multiple', type=int, default=1)
     parser.add_argument('--img-size', type=int, default=112, help='base size')

@@ -63,6 +63,7 @@ def parse_args(argv: Optional[List[str]] = None, *, recipe_without_data: bool = 
     recipe: Dict[str, Any] = {**yaml.safe_load(read_recipe(name)), 'recipe': name} if name else {}
     layers.insert(0, recipe)
     _drop_overridden(layers, stated_here)
+    _leave_to_preset(layers, given.mixsize)
     for layer in layers:
         _set_defaults(parser, layer)
     args = parser.parse_args(argv)
@@ -170,6 +171,20 @@ def _drop_overridden(layers: List[Dict[str, Any]], above: Set[str]) -> None:
             for name in set(spellings) - above if above & set(spellings) else ():
                 layer.pop(name, None)
         above = above | stated
+
+
+def _leave_to_preset(layers: List[Dict[str, Any]], mixsize: Optional[str]) -> None:
+    """Leave out of each layer of another regime what the preset that is named above it brings.
+
+    Args:
+        layers: The layers under the command line, the lowest first.
+        mixsize: The regime that the command line names, if it does.
+    """
+    for layer in reversed(layers):
+        if layer.get('mixsize', mixsize) != mixsize:
+            for name in PRESET_OPTIONS.get(mixsize or '', ()):
+                layer.pop(f'mixsize_{name}', None)
+        mixsize = mixsize or layer.get('mixsize')
 
 
 def _set_defaults(parser: argparse.ArgumentParser, values: Dict[str, Any]) -> None:
@@ -361,7 +376,7 @@ def _check_mixsize(args: argparse.Namespace, given: argparse.Namespace) -> None:
         args.mixsize_sizes = args.mixsize_probs = None
     if args.mixsize == 'off':
         for name, default in (('adapt', None), ('duplicates', 1), ('max_work', None), ('batch_multiple', 1),
-                              ('drop', 'tail'), ('reg', 0), ('anneal', None)):
+                              ('drop', 'tail'), ('reg', 0), ('anneal', None), ('batch_of', None)):
             if getattr(given, f'mixsize_{name}') != default:
                 raise UsageError(f'--mixsize off trains one size: leave out --mixsize-{name.replace("_", "-")}')
         _check_loader(args, given)
@@ -490,7 +505,8 @@ def make_regime(args: argparse.Namespace, input_size: Tuple[int, int, int]) -> O
         return None
     if input_size[1] != input_size[2]:
         raise UsageError(f'MixSize trains square images, not {input_size[1]}x{input_size[2]}: use --mixsize off')
-    stated = {name: value for name in ('adapt', 'anneal') if (value := getattr(args, f'mixsize_{name}')) is not None}
+    stated = {name: value for name in ('adapt', 'anneal', 'batch_of')
+              if (value := getattr(args, f'mixsize_{name}')) is not None}
     options = dict(
         PRESET_OPTIONS.get(mode, {}), batch_size=args.batch_size, duplicates=args.mixsize_duplicates,
         max_work=args.mixsize_max_work, **stated,

@@ -293,7 +293,7 @@ def scale_lr(args: argparse.Namespace, data: Data) -> float:
     regime, processes = data.regime, data.plan_world_size * args.grad_accum_steps
     batch = data.mean_batch * processes
     beside = '' if regime is None else (
-        f'; the base batch is {regime.batch_size * processes}, the mean batch {regime.mean_batch * processes:.1f}')
+        f'; the base batch is {regime.base_batch * processes}, the mean batch {regime.mean_batch * processes:.1f}')
     if args.lr:
         _logger.info('Learning rate %.4g%s', args.lr, beside or f'; the mean batch is {batch:g}')
         return args.lr

@@ -343,16 +343,25 @@ class Data(EvaluationData):
         """How images are prepared for validation, as in timm's training script."""
         return dict(is_training=False, interpolation=self.config['interpolation'], crop_pct=self.config['crop_pct'])
 
+    def largest_batches(self) -> Dict[int, int]:
+        """For each size of the regime, in any epoch, the images with duplicates of a whole batch of a process."""
+        assert self.regime is not None
+        groups = {size: self.regime.group(size) for size in self.regime.sizes}
+        processes = self.accelerator.num_processes  # not always those that the plan was made for
+        return {size: -(-batch * self.plan_world_size // processes) * duplicates
+                for size, (batch, duplicates) in groups.items()}
+
     def describe(self) -> None:
         """Log what is trained on, and at which sizes."""
         if self.args.dataset == DIGITS:
             _logger.info('Training on the embedded digits, scans of 8x8 px from scikit-learn: name your own images '
                          'with --data-dir or --dataset')
         names = class_names(self.train)
+        base_batch = self.regime.base_batch if self.regime is not None else self.args.batch_size
         _logger.info('%d training and %d validation images%s, base size %s px, base batch %d, %d steps an epoch',
                      self.num_train_images, num_images(self.validation or ()),
                      f' of {len(names)} classes' if names else '',
-                     self.base_size, self.base_batch * self.plan_world_size, self.num_steps)
+                     self.base_size, base_batch * self.plan_world_size, self.num_steps)
         if self.args.train_img_sizes:
             _logger.info("timm's scheduled sizes %s px, batches %s a process", self.args.train_img_sizes,
                          self.loader.batch_sampler.batch_sizes)
@@ -371,11 +380,6 @@ class Data(EvaluationData):
         for line in warnings:
             _logger.warning(line)
 
-    @property
-    def base_batch(self) -> int:
-        """Images of a process in a step at the base size."""
-        return self.loader_regime.batch_size if self.loader_regime is not None else self.args.batch_size
-
     def _train_loader(self) -> Any:
         args = self.args
         options = {**self._mixup(), **self._planned()}
@@ -383,7 +387,7 @@ class Data(EvaluationData):
         if args.aug_splits:
             dataset = AugMixDataset(copy.copy(dataset), num_splits=args.aug_splits)
         with refusing('cannot load the training images'):
-            loader = self._loader(dataset, self.base_size, self.base_batch, **options, **self._augmentation())
+            loader = self._loader(dataset, self.base_size, args.batch_size, **options, **self._augmentation())
         if not len(loader):
             raise UsageError(f'{self.num_train_images} training images fill no batch: lower --batch-size')
         return loader

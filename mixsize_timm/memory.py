@@ -1,7 +1,7 @@
 """Steps that do not fit into memory, trained in parts."""
 import logging
 from functools import partial
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Mapping, Optional
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +11,6 @@ from timm.task import TrainingTask
 from .engine import in_format
 from .errors import UsageError
 from .randomness import own_randomness
-from .sampler import EpochPlan
 
 _logger = logging.getLogger(__name__)
 
@@ -25,7 +24,7 @@ def scaled_by_area(images: int, base_size: int) -> Callable[[int], int]:
 
 def fit_micro_batches(
         task: TrainingTask,
-        plan: EpochPlan,
+        largest: Mapping[int, int],
         accelerator: Accelerator,
         *,
         in_chans: int = 3,
@@ -42,7 +41,7 @@ def fit_micro_batches(
 
     Args:
         task: timm task around the prepared model.
-        plan: Tells the largest batch of each size.
+        largest: For each size in pixels the images, with duplicates, of the largest batch that a process may have.
         accelerator: Owns devices, precision and processes.
         in_chans: Channels of the images.
         soft_targets: Whether targets are vectors of ``num_classes`` numbers.
@@ -56,11 +55,6 @@ def fit_micro_batches(
     Raises:
         UsageError: A single image of a size does not fit.
     """
-    largest: Dict[int, int] = {}
-    for group in plan.groups(accelerator.process_index, accelerator.num_processes):
-        images = 0 if group.images is None else len(group.images) * group.duplicates
-        largest[group.size] = max(largest.get(group.size, 0), images)
-
     def attempt(size: int, number: int) -> None:
         images = torch.zeros(number, in_chans, size, size, device=accelerator.device, dtype=dtype)
         targets = torch.zeros(number, num_classes) if soft_targets else torch.zeros(number, dtype=torch.long)

@@ -6,7 +6,7 @@ from timm.loss import LOSS_TYPES
 from timm.utils import ParseKwargs
 
 from .errors import UsageError
-from .regime import ADAPT_MODES, DROP_RULES, PRESETS
+from .regime import ADAPT_MODES, BATCHES, DROP_RULES, PRESETS
 
 MIXSIZE_MODES = ('off', *PRESETS, 'custom')
 
@@ -46,11 +46,14 @@ def _add_mixsize(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('MixSize')
     group.add_argument('--mixsize', choices=MIXSIZE_MODES, default=None,
                        help='regime of sizes: a preset relative to the base size, "custom" with --mixsize-sizes, or '
-                            '"off" for timm\'s own loader; with a144, s144 annealed, --batch-size is the mean over the '
-                            'steps, else that of the base size (default: cifar for a base size under 96, else s224)')
+                            '"off" for timm\'s own loader; a144 is s144 annealed, by B+, its mean batch --batch-size '
+                            '(default: cifar for a base size under 96, else s224)')
     group.add_argument('--mixsize-adapt', choices=ADAPT_MODES, default=None,
                        help='what small images save is spent on: a larger batch, duplicates, or both (default: d+; b+ '
                             'with a144)')
+    group.add_argument('--mixsize-batch-of', choices=BATCHES, default=None,
+                       help='what --batch-size is: the batch at the base size, or the mean over the steps (default: '
+                            'base; mean with a144)')
     group.add_argument('--mixsize-sizes', type=int, nargs='+', default=None, metavar='N',
                        help='image sizes of a custom regime')
     group.add_argument('--mixsize-probs', type=float, nargs='+', default=None, metavar='P',
@@ -154,7 +157,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--std', type=float, nargs='+', default=None, metavar='STD', help='deviation of pixel values')
     group.add_argument('--interpolation', default='', metavar='NAME', help='resizing (default: the model\'s)')
     group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N',
-                       help='images of a step per process, at the base size (default: 128)')
+                       help='images of a step per process, at the base size or as --mixsize-batch-of says (default: '
+                            '128)')
     group.add_argument('-vb', '--validation-batch-size', type=int, default=None, metavar='N',
                        help='images of a validation batch per process (default: --batch-size)')
     group.add_argument('--channels-last', action='store_true', default=False, help='channels-last memory format')
@@ -236,7 +240,7 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
                        help='step the schedule after each update, not after each epoch')
     group.add_argument('--lr', type=float, default=None, metavar='LR', help='learning rate, overrides --lr-base')
     group.add_argument('--lr-base', type=float, default=0.1, metavar='LR',
-                       help='learning rate for a batch of --lr-base-size, scaled to the base batch of all processes; '
+                       help='learning rate for a batch of --lr-base-size, scaled to the --batch-size of all processes; '
                             'duplicates do not count (default: 0.1)')
     group.add_argument('--lr-base-size', type=int, default=256, metavar='N', help='see --lr-base (default: 256)')
     group.add_argument('--lr-base-scale', default='', choices=('', 'linear', 'sqrt'),

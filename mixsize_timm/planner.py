@@ -197,7 +197,7 @@ class Memory(NamedTuple):
         """Bytes with so many images of a size at once."""
         return sum(self.parts.values()) + images * self.per_image[size]
 
-    def largest_base_batch(self, regime: Regime, memory: float, **changes: Any) -> int:
+    def largest_batch_size(self, regime: Regime, memory: float, **changes: Any) -> int:
         """The largest ``batch_size`` with which the whole batch of every size fits; 0 for none.
 
         Args:
@@ -443,7 +443,7 @@ class Planner:
             row['memory'] = memory.of(row['img_size'], self._at_once(row['img_size']))
         document: Dict[str, Any] = {
             'model': args.model, 'adapt': regime.adapt if self.data.regime else 'off', 'base_size': regime.base_size,
-            'base_batch': regime.batch_size * cost.world_size, 'mean_batch': regime.mean_batch * cost.world_size,
+            'base_batch': regime.base_batch * cost.world_size, 'mean_batch': regime.mean_batch * cost.world_size,
             'processes': cost.world_size, 'num_images': cost.num_images, 'epochs': self.num_epochs, 'lr': args.lr,
             'steps': cost.num_steps, 'fixed_steps': fixed.num_steps, 'left_out': cost.left_out,
             'relative_pixels': cost.pixels / fixed.pixels, 'relative_gmacs': cost.epoch_gmacs / fixed.epoch_gmacs,
@@ -488,8 +488,8 @@ class Planner:
             total = psutil.virtual_memory().total
         return {'measured': memory.measured, 'parts': memory.parts, 'per_image': memory.per_image,
                 'total': total, 'usable': USABLE * total,
-                'largest_base_batch': memory.largest_base_batch(regime, USABLE * total),
-                'largest_base_batch_max_work_1': memory.largest_base_batch(regime, USABLE * total, max_work=1.)}
+                'largest_batch_size': memory.largest_batch_size(regime, USABLE * total),
+                'largest_batch_size_max_work_1': memory.largest_batch_size(regime, USABLE * total, max_work=1.)}
 
     def _cure(self) -> Dict[str, Any]:
         """What ``--mixsize-max-work`` makes of the sizes that cost more; without ``steps`` where it cannot be had."""
@@ -593,9 +593,9 @@ def _format_memory(plan: Dict[str, Any]) -> List[str]:
     return [f'Memory is {what}',
             f'GB of it whatever the batch: {parts or "under 0.005"}; MB of an image of {plan["base_size"]} px: '
             f'{memory["per_image"][plan["base_size"]] / 2**20:.1f}',
-            f'Largest base batch of a process in {USABLE:.0%} of {memory["total"] / GIB:.1f} GB: '
-            f'{memory["largest_base_batch"] or "none"}; with --mixsize-max-work 1: '
-            f'{memory["largest_base_batch_max_work_1"] or "none"}']
+            f'Largest --batch-size in {USABLE:.0%} of {memory["total"] / GIB:.1f} GB: '
+            f'{memory["largest_batch_size"] or "none"}; with --mixsize-max-work 1: '
+            f'{memory["largest_batch_size_max_work_1"] or "none"}']
 
 
 def _format_cure(plan: Dict[str, Any]) -> List[str]:

@@ -4,12 +4,14 @@ Source: Hoffer et al., "MixSize: Training Convnets With Mixed Image Sizes" (arXi
 authors' reference code.
 Nothing here needs torch.
 """
+import copy
 import math
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Mapping, Optional, Sequence, Tuple
 
 ADAPT_MODES = ('b+', 'd+', 'bd+', 'none')
+BATCHES = ('base', 'mean')
 DROP_RULES = ('tail', 'reference')
 
 # Preset -> [(size relative to the base size S0, probability)]. The two ImageNet presets step by S0 // 7.
@@ -19,8 +21,8 @@ _IMAGENET_PRESETS = {
 }
 _CIFAR_PRESET = {Fraction(1, 2): 0.2, Fraction(3, 4): 0.3, Fraction(1): 0.3, Fraction(3, 2): 0.2}
 PRESETS = (*_IMAGENET_PRESETS, 'cifar', 'a144')
-# What a preset takes for arguments that are not given. That of s144 annealed is ours (docs/results.md, study 6).
-PRESET_OPTIONS: Mapping[str, Mapping[str, Any]] = {'a144': {'adapt': 'b+', 'anneal': 1.}}
+# What a preset takes for arguments that are not given. This one is ours: docs/results.md, study 6.
+PRESET_OPTIONS: Mapping[str, Mapping[str, Any]] = {'a144': {'adapt': 'b+', 'anneal': 1., 'batch_of': 'mean'}}
 
 SIZE_MULTIPLE = 8  # preset sizes other than the base size are rounded to it
 
@@ -37,7 +39,7 @@ class Regime:
         sizes: Image sizes in pixels, positive and without repeats.
         probs: One non-negative weight for each size. Uniform when not given.
         base_size: The size ``S0`` in pixels that ``batch_size`` and ``duplicates`` are stated for.
-        batch_size: Distinct images per device in a step at the base size, ``B0``.
+        batch_size: Distinct images per device in a step at the base size, ``B0``, or as ``batch_of`` says.
         duplicates: Augmented copies of each image at the base size, ``D0``.
         adapt: What changes with the size: ``b+`` the batch, ``d+`` the duplicates, ``bd+`` both, ``none`` neither.
         max_work: Lower a size's batch where its step would cost more than this many base steps.
@@ -46,6 +48,8 @@ class Regime:
             the mean has none at one end of the run and twice its probability at the other. Over the run every size
             keeps its probability, so the cost of a run stays as it is. Below 0 they move from large to small.
         epochs: Epochs of the run, which annealing needs.
+        batch_of: ``base``, or ``mean``: ``batch_size`` is the mean over the steps of a run, as near as a whole
+            :attr:`base_batch` comes. Where few images are large B+ then takes as many steps an epoch as one size does.
 
     Raises:
         ValueError: An argument is out of range, or a size's batch rounds to zero.
@@ -60,6 +64,7 @@ class Regime:
     batch_multiple: int = 1
     anneal: float = 0.
     epochs: Optional[int] = None
+    batch_of: str = 'base'
     _groups: Mapping[int, Tuple[int, int]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,10 +78,13 @@ class Regime:
             raise ValueError(f'anneal must be from -1 to 1, not {self.anneal}')
         if self.anneal and (self.epochs is None or self.epochs < 1):
             raise ValueError('annealing needs the number of epochs')
+        if self.batch_of not in BATCHES:
+            raise ValueError(f'batch_of must be one of {", ".join(BATCHES)}, not {self.batch_of!r}')
         sizes, probs = _normalise(self.sizes, self.probs)
         object.__setattr__(self, 'sizes', sizes)
         object.__setattr__(self, 'probs', probs)
-        object.__setattr__(self, '_groups', {size: self._adapt(size) for size in sizes})
+        base_batch = self.base_batch
+        object.__setattr__(self, '_groups', {size: self._adapt(size, base_batch) for size in sizes})
 
     @classmethod
     def preset(cls, name: str, base_size: int = 224, **kwargs: Any) -> 'Regime':
@@ -84,8 +92,8 @@ class Regime:
 
         Args:
             name: ``s224`` (mean size equal to the base size), ``s144`` (mean 144 for a base of 224) or ``cifar``, of
-                the paper; ``a144``, ours: ``s144`` annealed, by B+ if nothing else is said, and ``batch_size`` the
-                mean over its steps, not that of the base size.
+                the paper; ``a144``, ours: ``s144`` by B+, annealed, and ``batch_size`` the mean over its steps, each
+                of them if nothing else is said.
             base_size: Base size ``S0`` in pixels.
             **kwargs: The other arguments of :class:`Regime`.
 
@@ -93,8 +101,7 @@ class Regime:
             ValueError: The preset is unknown, or the base size too small for it.
         """
         if name == 'a144':
-            regime = cls.preset('s144', base_size, **{**PRESET_OPTIONS[name], **kwargs})
-            return replace(regime, batch_size=max(1, round(regime.batch_size**2 / regime.mean_batch)))
+            return cls.preset('s144', base_size, **{**PRESET_OPTIONS[name], **kwargs})
         if name in _IMAGENET_PRESETS:
             increment = base_size // 7
             weighted = {base_size + k * increment: p for k, p in _IMAGENET_PRESETS[name].items()}
@@ -115,9 +122,17 @@ class Regime:
         return self._groups[size]
 
     def relative_work(self, size: int) -> float:
-        """Pixels of one step at ``size`` over those of a step at the base size."""
+        """Pixels of one step at ``size`` over those of ``batch_size`` images of the base size."""
         batch, duplicates = self.group(size)
         return size**2 * batch * duplicates / (self.base_size**2 * self.batch_size * self.duplicates)
+
+    @property
+    def base_batch(self) -> int:
+        """Distinct images per device in a step at the base size: ``batch_size``, or what makes that the mean."""
+        if self.batch_of == 'base':
+            return self.batch_size
+        mean = 1 / sum(p / self._shape(size, Fraction(1))[0] for size, p in zip(self.sizes, self.probs))
+        return max(1, round(self.batch_size / mean))
 
     @property
     def peak_work(self) -> float:
@@ -155,7 +170,11 @@ class Regime:
         farthest = max(map(abs, distance)) or 1.
         probs = tuple(max(0., p * (1 + self.anneal * (2 * time - 1) * d / farthest))
                       for p, d in zip(self.probs, distance))
-        return replace(self, probs=probs, anneal=0., epochs=None)
+        sizes, probs = _normalise(self.sizes, probs)
+        regime = copy.copy(self)  # its batches stay those of the run
+        for name, value in dict(sizes=sizes, probs=probs, anneal=0., epochs=None).items():
+            object.__setattr__(regime, name, value)
+        return regime
 
     def to_dict(self) -> dict:
         """The arguments that make this regime, as plain values for YAML or JSON."""
@@ -167,10 +186,10 @@ class Regime:
         """The regime that :meth:`to_dict` came from."""
         return cls(**{**values, 'sizes': tuple(values['sizes']), 'probs': tuple(values['probs'])})
 
-    def _adapt(self, size: int) -> Tuple[int, int]:
-        """Batch and duplicates at a size; fractions, so that a half is a half (rounding is half to even)."""
+    def _shape(self, size: int, base_batch: Fraction) -> Tuple[Fraction, int]:
+        """Batch, not rounded, and duplicates at a size; fractions, so that a half is a half (half to even)."""
         side = Fraction(self.base_size, size)
-        batch, duplicates = Fraction(self.batch_size), self.duplicates
+        batch, duplicates = base_batch, self.duplicates
         if self.adapt == 'b+' or (self.adapt == 'd+' and side**2 * duplicates < Fraction(1, 2)):
             batch *= side**2
         elif self.adapt == 'd+':
@@ -178,13 +197,18 @@ class Regime:
         elif self.adapt == 'bd+':
             batch *= side
             duplicates = max(1, round(side * duplicates))
+        return batch, duplicates
+
+    def _adapt(self, size: int, base_batch: int) -> Tuple[int, int]:
+        """Batch and duplicates at a size."""
+        batch, duplicates = self._shape(size, Fraction(base_batch))
         rounded = round(batch / self.batch_multiple) * self.batch_multiple
         if self.max_work is not None:
             budget = self.max_work * self.base_size**2 * self.batch_size * self.duplicates
             affordable = math.floor(budget / (size**2 * duplicates) / self.batch_multiple) * self.batch_multiple
             rounded = min(rounded, affordable)
         if rounded < 1:
-            raise ValueError(f'a batch of {self.batch_size} at {self.base_size} px rounds to zero at {size} px: '
+            raise ValueError(f'a batch of {base_batch} at {self.base_size} px rounds to zero at {size} px: '
                              'raise the batch size or leave the size out')
         return rounded, duplicates
 

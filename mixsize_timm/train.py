@@ -426,7 +426,7 @@ class Training:
             size = int(args.micro_batch_size or 0)
             return scaled_by_area(size, self.data.base_size) if size else None
         return fit_micro_batches(
-            self.task, self.data.start_epoch(0), self.accelerator, in_chans=self.data.channels,
+            self.task, self.data.largest_batches(), self.accelerator, in_chans=self.data.channels,
             soft_targets=mixing(args) or args.task == 'multilabel', num_classes=args.num_classes,
             channels_last=args.channels_last, dtype=model_dtype(args)).__getitem__
 

@@ -91,12 +91,24 @@ def test_arguments_reach_the_regime():
     assert make_regime(parse_args(['x', '--mixsize', 'off']), (3, 32, 48)) is None
 
 
-@pytest.mark.parametrize('words, adapt, anneal, epochs', [
-    ('', 'b+', 1, 7), ('--mixsize-adapt d+', 'd+', 1, 7), ('--mixsize-anneal 0.5', 'b+', 0.5, 7),
-    ('--mixsize-anneal 0', 'b+', 0, None)])
-def test_a_preset_brings_options_that_the_command_line_changes(words, adapt, anneal, epochs):
+@pytest.mark.parametrize('words, adapt, anneal, epochs, batch_of', [
+    ('', 'b+', 1, 7, 'mean'), ('--mixsize-adapt d+', 'd+', 1, 7, 'mean'),
+    ('--mixsize-anneal 0.5', 'b+', 0.5, 7, 'mean'), ('--mixsize-anneal 0', 'b+', 0, None, 'mean'),
+    ('--mixsize-batch-of base', 'b+', 1, 7, 'base')])
+def test_a_preset_brings_options_that_the_command_line_changes(words, adapt, anneal, epochs, batch_of):
     regime = make_regime(parse_args(['x', '--mixsize', 'a144', '--epochs', '7', *words.split()]), (3, 224, 224))
-    assert (regime.adapt, regime.anneal, regime.epochs) == (adapt, anneal, epochs)
+    assert (regime.adapt, regime.anneal, regime.epochs, regime.batch_of) == (adapt, anneal, epochs, batch_of)
+
+
+@pytest.mark.parametrize('values, adapt', [
+    ({'mixsize': 's144', 'mixsize_adapt': 'd+', 'mixsize_anneal': 0.5}, 'b+'), ({'mixsize_adapt': 'd+'}, 'd+'),
+    ({'mixsize': None, 'mixsize_adapt': 'd+'}, 'b+'), ({'mixsize': 'a144', 'mixsize_adapt': 'd+'}, 'd+')])
+def test_a_preset_is_not_mixed_with_another_regime_under_it(tmp_path, values, adapt):
+    """What a configuration says of another regime is left out; what it says of this one, or of any, counts."""
+    path = tmp_path / 'c.yaml'
+    path.write_text(yaml.safe_dump(values))
+    regime = make_regime(parse_args(['x', '-c', str(path), '--mixsize', 'a144']), (3, 224, 224))
+    assert (regime.adapt, regime.anneal, regime.batch_of) == (adapt, 1, 'mean')
 
 
 @pytest.mark.parametrize('asked, mixup, multiple', [('1', '0', 1), ('8', '0', 8), ('3', '0.2', 6), ('8', '0.2', 8)])

@@ -178,6 +178,8 @@ MIXSIZE = [
     Row('mixsize', '--mixsize s144', lambda b: b.data.regime.probs[0], pytest.approx(0.8)),
     Row('mixsize', '--mixsize a144', lambda b: b.data.regime.anneal, 1, '--epochs 2'),
     Row('mixsize_adapt', '--mixsize-adapt b+', lambda b: set(b.plan.duplicates), {1}),
+    Row('mixsize_batch_of', '--mixsize-batch-of mean', lambda b: b.data.regime.base_batch, 5,
+        '-b 10 --mixsize-sizes 16 32 --mixsize-probs 2 1 --mixsize-adapt b+'),
     Row('mixsize_sizes', '--mixsize-sizes 32 40', lambda b: sorted(b.loader.dataset.maker.transforms), [32, 40]),
     Row('mixsize_probs', '--mixsize-probs 5 1', lambda b: sum(b.plan.batch[b.plan.size == 32]), 20,
         '--mixsize-sizes 32 48'),
@@ -275,6 +277,9 @@ MODEL = [
         [8, 2]),
     Row('micro_batch_size', '--micro-batch-size 2', lambda b: max(map(len, b.epoch.images)), 2, OFF),
     Row('micro_batch_size', '--micro-batch-size auto --mixsize-sizes 32', lambda b: b.loop['micro_batch_size'](32), 4),
+    Row('micro_batch_size', '--micro-batch-size auto',  # the first epoch of an annealed run has not all sizes
+        lambda b: [b.loop['micro_batch_size'](size) for size in (16, 32)], [16, 4],
+        '--mixsize-sizes 16 32 --mixsize-adapt b+ --mixsize-anneal 1 --epochs 2'),
     Row('checkpoint_interval', '--checkpoint-interval 5m', lambda b: b.training.interval.seconds, 300),
     Row('recovery_interval', '--recovery-interval 7', lambda b: b.training.interval.steps, 7),
     Row('grad_checkpointing', '--grad-checkpointing', lambda b: b.model.grad_checkpointing, True),

@@ -171,13 +171,13 @@ def test_micro_batches_are_found_by_trial_and_leave_no_trace(monkeypatch):
         return original(images)
 
     monkeypatch.setattr(loop.model, 'forward', forward)
-    assert memory.fit_micro_batches(loop.task, loop.plan, loop.accelerator, num_classes=2) == {32: 2}
+    assert memory.fit_micro_batches(loop.task, {32: 6}, loop.accelerator, num_classes=2) == {32: 2}
     assert tried == [6, 3, 2] and torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in loop.model.state_dict().items())
     assert all(p.grad is None for p in loop.model.parameters())
     monkeypatch.setattr(memory, '_fitting', lambda *_: 0)
     with pytest.raises(UsageError, match='not even one image of 32 px fits'):
-        memory.fit_micro_batches(loop.task, loop.plan, loop.accelerator, num_classes=2)
+        memory.fit_micro_batches(loop.task, {32: 6}, loop.accelerator, num_classes=2)
 
 
 def test_micro_batches_have_equal_pixels():

@@ -104,7 +104,7 @@ def test_a_multiple_changes_a_step_by_no_more_than_half_of_it(regime, multiple):
 
 @settings(deadline=None, max_examples=40)
 @given(regimes, st.floats(0, 1e9), st.floats(1e5, 1e7), st.floats(1e8, 1e11), st.booleans())
-def test_the_largest_base_batch_is_the_largest(regime, whatever, per_pixel, limit, capped):
+def test_the_largest_batch_size_is_the_largest(regime, whatever, per_pixel, limit, capped):
     changes = {'max_work': 1.} if capped else {}
     memory = Memory({'weights': whatever}, {size: per_pixel * size**2 / 1e4 for size in regime.sizes}, False)
 
@@ -115,7 +115,7 @@ def test_the_largest_base_batch_is_the_largest(regime, whatever, per_pixel, limi
             return False
         return all(memory.of(size, math.prod(changed.group(size))) <= limit for size in changed.sizes)
 
-    batch = memory.largest_base_batch(regime, limit, **changes)
+    batch = memory.largest_batch_size(regime, limit, **changes)
     if batch:
         assert fits(batch) and not fits(batch + 1)
     else:
@@ -295,6 +295,21 @@ def test_the_images_are_counted_where_no_number_is_given(capsys, tmp_path):
     assert 'base batch 4 on 1 process, 24 images' in out and '7 epochs:' in out and '90% of 2.0 GB' in out
     assert 'base batch 8 on 2 processes, 24 images' in run(capsys, *TINY[:-2], '-c', str(config), '--processes', '2',
                                                               '--mixsize', 'off')
+
+
+def test_a_batch_that_is_the_mean_is_planned_as_it_is_trained(capsys, tmp_path):
+    """The base batch is the smaller one; work is over --batch-size images, which is what the largest batch is too."""
+    run(capsys, *TINY, *IMAGES, '--mixsize-sizes', '16', '32', '--mixsize-adapt', 'b+', '--mixsize-batch-of', 'mean',
+        '--memory', '1', '--json', str(tmp_path / 'plan.json'))
+    plan = json.loads((tmp_path / 'plan.json').read_text())
+    rows = {row['img_size']: row for row in plan['sizes']}
+    assert (plan['base_batch'], plan['mean_batch']) == (5, 8) and rows[32]['batch'] == 5 and rows[16]['batch'] == 20
+    assert rows[32]['relative_pixels'] == pytest.approx(5 / 8)
+    regime = Regime((16, 32), base_size=32, batch_size=8, adapt='b+', batch_of='mean')
+    per_image = {int(size): taken for size, taken in plan['memory']['per_image'].items()}
+    memory = Memory(plan['memory']['parts'], per_image, measured=False)
+    largest = plan['memory']['largest_batch_size']
+    assert largest == memory.largest_batch_size(regime, plan['memory']['usable']) > 8
 
 
 def test_one_size_is_timms_loader(capsys):

@@ -72,7 +72,7 @@ VERDICTS = {
     '--clip-mode': _needs('--clip-grad'),
     '--layer-decay-min-scale': _needs('--layer-decay'),
     '--layer-decay-no-opt-scale': _needs('--layer-decay'),
-    '--lr-base': ('same', 'scaled to the base batch: MixSize\'s duplicates do not count'),
+    '--lr-base': ('same', 'scaled to `--batch-size`: MixSize\'s duplicates and other batches do not count'),
     '--epoch-repeats': ('same', 'for data sets that stream; refused for others, where timm ignores it'),
     '--decay-epochs': ('same', 'the default is timm 1.0.31\'s own: 90, or 0.2 of the schedule for wsd and rsqrt'),
     '--aug-repeats': ('mapped', 'to `--mixsize-duplicates`: a whole number, refused beside another '

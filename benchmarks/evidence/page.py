@@ -40,8 +40,8 @@ one for each run, with its commands, commit, machine and versions.
 Accuracies are top-1 in per cent, mean ± standard deviation over the seeds, of the weights at the end of training. With
 MixSize batch norm is calibrated for each size, on augmented images as in the paper; a model that was trained at one
 size, or by timm's scheduled sizes, is given the better of calibrated and own statistics at each size. Settings were not
-chosen on the images that are measured on, but best and matching sizes are read off the same means. The fixed size was
-trained in two batches, and what is compared with it is compared with the better of the two. Costs are over those of the
+chosen on the images that are measured on, but best and matching sizes are read off the same means. Where the fixed size
+was trained in two batches, what is compared with it is compared with the better of the two. Costs are over those of the
 control, the model trained at one size: operations are multiply-accumulates, times are of training steps with their
 loading, on machines that did other work beside, over the control's of the same day, and only of runs whose processor
 has the precision they train in. Of an arm that is in none of these tables single runs were made; they are
@@ -60,7 +60,8 @@ def write_page() -> None:
     titles = {name: study for setting in settings[:1] for name, study in make_studies(setting).items()}
     for number, (name, study) in enumerate(titles.items(), 1):
         parts.append(f'## {number}. {study.title}\n\n{study.question}\n')
-        parts += [_section(setting, make_studies(setting)[name], found[setting.name]) for setting in settings]
+        parts += filter(None, (_section(setting, make_studies(setting)[name], found[setting.name])
+                               for setting in settings))
     parts.append('## Every arm at every size\n')
     parts += [_accuracies(setting, found[setting.name]) for setting in settings]
     parts.append(_provenance(settings, found))
@@ -122,7 +123,7 @@ def _plots(setting: Setting, results: Results) -> List[str]:
 
 
 def _section(setting: Setting, study: Study, found: Dict[str, List[Dict[str, Any]]]) -> str:
-    """The answers of a study for a setting."""
+    """The answers of a study for a setting, nothing where it has no arms of it."""
     arms, found = planned_arms(setting), _planned(setting, found)
     names = [name for name in study.arms if name in arms]
     lines = study.answer(setting, _whole(found))
@@ -133,6 +134,8 @@ def _section(setting: Setting, study: Study, found: Dict[str, List[Dict[str, Any
     missing = [arms[name].title for name in names if not found[name]]
     if missing:
         lines.append(f'Not run: {"; ".join(missing)}.')
+    if not lines:
+        return ''
     return '\n'.join([f'### {setting.title}\n', *(f'- {line}' for line in lines), ''])
 
 

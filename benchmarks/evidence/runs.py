@@ -114,11 +114,11 @@ def run_all(setting: Setting, arms: Dict[str, Arm], seeds: List[int], machine: M
     for name, seed in set(wanted) - set(missing):
         _check(setting, name, arms[name], seed)
     print(f'{setting.name}: {len(wanted) - len(missing)} of {len(wanted)} runs are there', flush=True)
-    if missing and not _prepare(setting, machine):
-        return len(missing)
     with ThreadPoolExecutor(machine.jobs) as pool:
-        runs = [pool.submit(_run, setting, name, arms[name], seed, machine) for name, seed in missing]
         try:
+            if missing and not pool.submit(_prepare, setting, machine).result():
+                return len(missing)
+            runs = [pool.submit(_run, setting, name, arms[name], seed, machine) for name, seed in missing]
             return [run.result() for run in runs].count(False)
         except BaseException:
             machine.stop()

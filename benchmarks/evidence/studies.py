@@ -234,9 +234,9 @@ def _beyond(setting: Setting, results: Results) -> List[str]:
             continue
         best = curve.value[curve.best] - max(rival.value[rival.best] for rival in rivals)
         over = mean(curve.value) - max(mean(rival.value) for rival in rivals)
-        lines.append(f'{curve.label}: {_best(curve)}, {best:+.2f} points beside the best of the paper\'s regimes; mean '
-                     f'over all sizes {mean(curve.value):.2f} %, {over:+.2f} points beside the best. '
-                     f'{_verdict(best > 0 and over > 0, curve, *rivals)}')
+        lines.append(f'{curve.label}: {_best(curve)}, {best:+.2f} points beside the best of the paper\'s regimes '
+                     f'({", ".join(planned)}); mean over all sizes {mean(curve.value):.2f} %, {over:+.2f} points '
+                     f'beside the best. {_verdict(best > 0 and over > 0, curve, *rivals)}')
     return lines + _differences((('Annealed', 'small-bplus-anneal', 'small-bplus'),
                                  ('A mean batch as large as the control\'s, in more steps',
                                   'small-bplus-anneal-steps', 'small-bplus-anneal'),
@@ -266,7 +266,7 @@ def make_studies(setting: Setting) -> Dict[str, Study]:
         'training': Study(
             'Cheaper training',
             'Whether a regime of small mean size reaches the accuracy of the fixed-size model, with so many times '
-            f'fewer operations of training: at least {1 / CHEAP:g}. The fixed-size model with as few is beside it.',
+            f'fewer operations of training: at least {1 / CHEAP:g}.',
             (*_CONTROLS, *_CHEAP), _training),
         'resilience': Study(
             'Resilience',
