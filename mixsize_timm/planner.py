@@ -565,7 +565,7 @@ def _format_sizes(plan: Dict[str, Any]) -> List[str]:
                 f'{row["images_per_second"]:.1f}']
     return [*_table(rows), '',
             'batch: of all processes; steps: of an epoch; GMACs: of an image, forward; memory: of a process, in GB',
-            f'pixels, work: the pixels and GMACs of a step over those of one at {plan["base_size"]} px',
+            f'pixels, work: the pixels and GMACs of a step over those of --batch-size images at {plan["base_size"]} px',
             *plan['annealed'],
             *([f'ms: of a step; time: that over one at {plan["base_size"]} px; images/s: of all processes']
               if timed else [])]
