@@ -287,8 +287,8 @@ def create_schedule(args: argparse.Namespace, optimizer: Any, data: Data) -> Tup
 def scale_lr(args: argparse.Namespace, data: Data) -> float:
     """The learning rate: ``--lr``, or ``--lr-base`` scaled to the batch of all processes as timm does.
 
-    That is ``--batch-size``: at most presets the base batch, at ``a144`` the mean batch. Duplicates and the batches of
-    other sizes do not count; the base and the mean batch are logged beside.
+    That is ``--batch-size``: the base batch, or with ``--mixsize-batch-of mean`` the mean batch. Duplicates and the
+    batches of other sizes do not count; the base and the mean batch are logged beside.
     """
     regime, processes = data.regime, data.plan_world_size * args.grad_accum_steps
     batch = data.mean_batch * processes

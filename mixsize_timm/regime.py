@@ -65,6 +65,7 @@ class Regime:
     anneal: float = 0.
     epochs: Optional[int] = None
     batch_of: str = 'base'
+    _base_batch: int = field(init=False, repr=False, compare=False, default=0)
     _groups: Mapping[int, Tuple[int, int]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -83,8 +84,8 @@ class Regime:
         sizes, probs = _normalise(self.sizes, self.probs)
         object.__setattr__(self, 'sizes', sizes)
         object.__setattr__(self, 'probs', probs)
-        base_batch = self.base_batch
-        object.__setattr__(self, '_groups', {size: self._adapt(size, base_batch) for size in sizes})
+        object.__setattr__(self, '_base_batch', self._find_base_batch())
+        object.__setattr__(self, '_groups', {size: self._adapt(size) for size in sizes})
 
     @classmethod
     def preset(cls, name: str, base_size: int = 224, **kwargs: Any) -> 'Regime':
@@ -129,10 +130,7 @@ class Regime:
     @property
     def base_batch(self) -> int:
         """Distinct images per device in a step at the base size: ``batch_size``, or what makes that the mean."""
-        if self.batch_of == 'base':
-            return self.batch_size
-        mean = 1 / sum(p / self._shape(size, Fraction(1))[0] for size, p in zip(self.sizes, self.probs))
-        return max(1, round(self.batch_size / mean))
+        return self._base_batch
 
     @property
     def peak_work(self) -> float:
@@ -199,16 +197,22 @@ class Regime:
             duplicates = max(1, round(side * duplicates))
         return batch, duplicates
 
-    def _adapt(self, size: int, base_batch: int) -> Tuple[int, int]:
+    def _find_base_batch(self) -> int:
+        if self.batch_of == 'base':
+            return self.batch_size
+        mean = 1 / sum(p / self._shape(size, Fraction(1))[0] for size, p in zip(self.sizes, self.probs))
+        return max(1, round(self.batch_size / mean))
+
+    def _adapt(self, size: int) -> Tuple[int, int]:
         """Batch and duplicates at a size."""
-        batch, duplicates = self._shape(size, Fraction(base_batch))
+        batch, duplicates = self._shape(size, Fraction(self.base_batch))
         rounded = round(batch / self.batch_multiple) * self.batch_multiple
         if self.max_work is not None:
             budget = self.max_work * self.base_size**2 * self.batch_size * self.duplicates
             affordable = math.floor(budget / (size**2 * duplicates) / self.batch_multiple) * self.batch_multiple
             rounded = min(rounded, affordable)
         if rounded < 1:
-            raise ValueError(f'a batch of {base_batch} at {self.base_size} px rounds to zero at {size} px: '
+            raise ValueError(f'a batch of {self.base_batch} at {self.base_size} px rounds to zero at {size} px: '
                              'raise the batch size or leave the size out')
         return rounded, duplicates
 

@@ -80,6 +80,7 @@ def test_a_batch_can_be_the_mean_over_the_steps(base_size, batch_size, adapt):
     for epoch in range(3):
         of_epoch = regime.at(epoch)
         assert sum(of_epoch.probs) == pytest.approx(1) and of_epoch.anneal == 0
+        assert of_epoch.base_batch == regime.base_batch
         assert all(of_epoch.group(size) == regime.group(size) for size in of_epoch.sizes)
 
 
