@@ -1,5 +1,6 @@
 """The studies' own arithmetic and commands; what they measure is not measured here."""
 import importlib
+import itertools
 import json
 import os
 import re
@@ -113,8 +114,7 @@ def test_arms_of_equal_cost_take_as_many_operations_as_the_control(evidence, stu
 
 
 def test_a_mean_batch_is_the_controls(evidence, studied, tmp_path):
-    for setting, arms in studied:
-        name = 'small-bplus-anneal-steps'
+    for (setting, arms), name in itertools.product(studied, ('small-bplus-anneal-steps', 'half-bplus')):
         words = evidence('runs').training_command(setting, name, arms[name], 1, machine(evidence, tmp_path))
         args = parse_args(words[words.index('mixsize_timm.train') + 1:])
         regime = make_regime(args, (3, args.img_size, args.img_size))

@@ -29,7 +29,8 @@ from .studies import (
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'results.md'
 PLOTS = ROOT / 'docs' / 'results'
-PLOTTED = (CONTROL, 'fixed-steps', 'timm', 'timm-steps', 'small-dplus', 'small-bplus', 'small-bplus-anneal-steps')
+PLOTTED = (CONTROL, 'fixed-steps', 'timm', 'timm-steps', 'small-dplus', 'small-bplus', 'small-bplus-anneal-steps',
+           'half-bplus')
 HEAD = """# Results
 
 What MixSize gives on real images, beside training at one size and timm's scheduled sizes. This page is made by

@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 CONTROL = 'fixed'
 OFF = {'mixsize': 'off', 'fast_loader': True, 'grad_smoothing': False}
 CHEAP = 0.4  # of the control's cost: 2.5 times less
+HALF = 'MixSize B+ of half the size, annealed, the mean batch as the control\'s'
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Setting:
     def regime(self, options: Dict[str, Any], adapt: str) -> Regime:
         """The regime that options of training mean."""
         batch_size = options.get('batch_size', self.batch_size)
-        common = {'base_size': self.base_size, 'batch_size': batch_size, 'adapt': adapt}
+        common = {'base_size': self.base_size, 'batch_size': batch_size, 'adapt': adapt,
+                  'batch_of': options.get('mixsize_batch_of', 'base')}
         if options['mixsize'] == 'custom':
             return Regime(tuple(options['mixsize_sizes']), tuple(options['mixsize_probs']), **common)
         return Regime.preset(options['mixsize'], **common)
@@ -173,12 +175,14 @@ def _mixed(setting: Setting) -> Dict[str, Arm]:
 
 def _cheap(setting: Setting) -> Dict[str, Arm]:
     batch_size = setting.steps_batch_size
+    half = _half(setting)
     return {
         'small-bplus-cheap': _mixsize(setting, f'MixSize B+ of small mean size, {CHEAP} of the cost', setting.small,
                                       'b+', CHEAP),
         'small-bplus-anneal-steps-cheap': _mixsize(
             setting, f'MixSize B+ of small mean size, annealed, {batch_size} in a batch, {CHEAP} of the cost',
             setting.small, 'b+', CHEAP, anneal=1., batch_size=batch_size),
+        'half-bplus-cheap': _mixsize(setting, f'{HALF}, {CHEAP} of the cost', half, 'b+', CHEAP, anneal=1.),
         'fixed-cheap': Arm(f'fixed {setting.base_size} px, {CHEAP} of the cost', OFF,
                            max(1, int(CHEAP * setting.epochs))),
     }
@@ -226,7 +230,14 @@ def _beyond(setting: Setting) -> Dict[str, Arm]:
                            {**OFF, 'batch_size': batch_size},
                            round(setting.budget / (images * setting.gmacs(setting.base_size)))),
         'smaller-bplus': _mixsize(setting, 'MixSize B+ of smaller mean size, equal cost', setting.smaller, 'b+'),
+        'half-bplus': _mixsize(setting, f'{HALF}, equal cost', _half(setting), 'b+', anneal=1.),
     }
+
+
+def _half(setting: Setting) -> Dict[str, Any]:
+    """Nine images of ten at half the base size, one at all of it, the mean batch that of the control."""
+    return {'mixsize': 'custom', 'mixsize_sizes': [setting.base_size // 2, setting.base_size],
+            'mixsize_probs': [0.9, 0.1], 'mixsize_batch_of': 'mean'}
 
 
 def _timms(setting: Setting) -> Dict[str, Arm]:
