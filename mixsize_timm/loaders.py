@@ -109,8 +109,14 @@ class EvaluationData:
                 **({'calibrated on': 'augmented images' if args.calibrate_aug else 'images as in use'} if calibrated
                    else {}), **({'tta': args.tta} if args.tta else {})}
 
+    @property
+    def batches_of_step(self) -> int:
+        """Batches of ``--batch-size`` images that one of ``--calibrate`` stands for."""
+        return 1
+
     def num_calibration_batches(self, wanted: int) -> int:
-        """Batches that calibration takes where so many are asked for: at most one epoch."""
+        """Batches of ``--batch-size`` that calibration takes where so many are asked for: at most one epoch."""
+        wanted *= self.batches_of_step
         if isinstance(self.train, IterableDataset):
             return wanted
         return min(wanted, -(-len(self.train) // self.args.batch_size))
@@ -156,12 +162,19 @@ class EvaluationData:
         height, width = self.height_width if size == self.base_size else (size, size)
         return self.channels, height, width
 
-    def calibrate(self, model: nn.Module, size: int, num_batches: Optional[int] = None) -> nn.Module:
-        """The model calibrated for a size, with the statistics of all processes; see :meth:`calibration_loader`."""
+    def calibrate(self, model: nn.Module, size: int, wanted: int) -> nn.Module:
+        """The model calibrated for a size, with the statistics of all processes.
+
+        Args:
+            model: The model; it is not touched.
+            size: Size in pixels.
+            wanted: Batches that are asked for; :meth:`num_calibration_batches` says how many that are.
+        """
         accelerator = self.accelerator
         reduce = (lambda tensor: accelerator.reduce(tensor, 'sum')) if accelerator.num_processes > 1 else None
         with accelerator.autocast():
-            return calibrate(model, self.calibration_loader(size, num_batches), reduce=reduce)
+            loader = self.calibration_loader(size, self.num_calibration_batches(wanted))
+            return calibrate(model, loader, reduce=reduce)
 
     def _create_dataset(self, split: str, training: bool) -> Any:
         args = self.args
@@ -271,6 +284,11 @@ class Data(EvaluationData):
 
     def _resolve_config(self, model: Any) -> Dict[str, Any]:
         return resolve_data_config(vars(self.args), model=model)
+
+    @property
+    def batches_of_step(self) -> int:
+        """Those of an optimizer step: runs of the same global batch are calibrated on as many images."""
+        return self.plan_world_size * self.args.grad_accum_steps
 
     @property
     def num_train_images(self) -> int:

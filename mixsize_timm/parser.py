@@ -61,8 +61,8 @@ def _add_mixsize(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--mixsize-duplicates', type=int, default=1, metavar='D',
                        help='augmented duplicates of each image at the base size (default: 1)')
     group.add_argument('--mixsize-max-work', type=float, default=None, metavar='X',
-                       help='lower a size\'s batch where its step costs more than X steps of the base size '
-                            '(default: no limit)')
+                       help='lower a size\'s batch where its step costs more than X steps of --batch-size images at '
+                            'the base size (default: no limit)')
     group.add_argument('--mixsize-batch-multiple', type=int, default=1, metavar='N',
                        help='round the batch of every size to a multiple of N; 8 suits tensor cores (default: 1)')
     group.add_argument('--mixsize-drop', choices=DROP_RULES, default='tail',
@@ -81,13 +81,13 @@ def _add_mixsize(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--grad-smoothing-momentum', type=float, default=0.9, metavar='M',
                        help='momentum of the running gradient norm (default: 0.9)')
     group.add_argument('--calibrate', type=int, default=200, metavar='N',
-                       help='batches, at most one epoch, that batch norm is calibrated on for the final accuracy at '
-                            'each size; 0 for none (default: 200)')
+                       help='global batches, at most one epoch, that batch norm is calibrated on for the final '
+                            'accuracy at each size; 0 for none (default: 200)')
     group.add_argument('--calibrate-val', type=int, default=10, metavar='N',
                        help='the same for the validation after each epoch (default: 10)')
     group.add_argument('--calibrate-aug', action=argparse.BooleanOptionalAction, default=True,
-                       help='calibrate on training images augmented as in training, as in the paper; without on images '
-                            'prepared as in evaluation (default: yes)')
+                       help='calibrate on training images augmented as in training, but not mixed, as in the paper; '
+                            'without on images prepared as in evaluation (default: yes)')
 
 
 def _add_dataset(parser: argparse.ArgumentParser) -> None:

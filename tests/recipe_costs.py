@@ -60,34 +60,38 @@ def epoch_cost(args, num_images, world_size=1):
 
 @cache
 def figures(name):
-    """Steps, GMACs and relative GMACs of an epoch by the command for one GPU, and the number of epochs."""
+    """What the command for one GPU costs: an epoch, the run, and its largest step over one at the base size."""
     args = parse_args(arguments(header_of(name)['launch']))
     cost, base = epoch_cost(args, IMAGES[name.split('_')[0]])
-    relative = cost.epoch_gmacs / base.epoch_gmacs
-    return cost.num_steps, f'{cost.epoch_gmacs:.3g}', f'{relative:.3f}', args.epochs, args.img_size
+    peak = max(map(cost.work, cost.batches))
+    return {'steps': cost.num_steps, 'gmacs': f'{cost.epoch_gmacs:.3g}', 'epochs': args.epochs, 'size': args.img_size,
+            'relative': f'{cost.epoch_gmacs / base.epoch_gmacs:.3f}x', 'peak': f'{peak:.2f}x',
+            'run': f'{3 * cost.epoch_gmacs * args.epochs:.3g}'}
 
 
 def cost_line(name):
-    steps, total, relative, epochs, size = figures(name)
-    return (f'an epoch of {IMAGES[name.split("_")[0]]} images: {steps} steps, {total} GMACs forward, {relative}x those '
-            f'of one at {size} px; {epochs} epochs')
+    cost = figures(name)
+    return (f'an epoch of {IMAGES[name.split("_")[0]]} images: {cost["steps"]} steps, {cost["gmacs"]} GMACs forward, '
+            f'{cost["relative"]} those of one at {cost["size"]} px; {cost["epochs"]} epochs: {cost["run"]} GMACs '
+            f'forward and backward; the largest step is {cost["peak"]} one at {cost["size"]} px')
 
 
 def table():
     """The recipes as a table of Markdown."""
-    rows = [('recipe', 'gives', 'epochs', 'steps', 'GMACs', 'of fixed', 'was run'), ('---',) * 7]
+    rows = [('recipe', 'gives', 'epochs', 'steps', 'GMACs', 'of fixed', 'largest step', 'of the run', 'was run'),
+            ('---',) * 9]
     for name in recipe_names():
-        steps, total, relative, epochs, _ = figures(name)
-        header = header_of(name)
-        rows.append((f'[`{name}`](../recipes/{name}.yaml)', header['gives'], epochs, steps, total, f'{relative}x',
-                     header['was run']))
+        cost, header = figures(name), header_of(name)
+        rows.append((f'[`{name}`](../recipes/{name}.yaml)', header['gives'], cost['epochs'], cost['steps'],
+                     cost['gmacs'], cost['relative'], cost['peak'], cost['run'], header['was run']))
     return '\n'.join(f'| {" | ".join(map(str, row))} |' for row in rows)
 
 
 def write():
     for name in recipe_names():
         path = ROOT / 'recipes' / f'{name}.yaml'
-        text = re.sub(r'(?<=^#   costs    ).*', cost_line(name), path.read_text(encoding='utf-8'), flags=re.M)
+        lines = cost_line(name).replace('; ', ';\n#            ', 1)
+        text = re.sub(r'(?<=^#   costs    ).*(\n#            .*)*', lines, path.read_text(encoding='utf-8'), flags=re.M)
         path.write_text(text, encoding='utf-8')
     text = DOCS.read_text(encoding='utf-8')
     DOCS.write_text(re.sub(r'(?<=<!-- table -->\n).*?(?=\n\n)', lambda _: table(), text, flags=re.S), encoding='utf-8')

@@ -200,7 +200,7 @@ MIXSIZE = [
         pytest.approx(0.25), '--drop-path 0.2'),
     Row('grad_smoothing', '--no-grad-smoothing', lambda b: b.loop['smoother'], None),
     Row('grad_smoothing_momentum', '--grad-smoothing-momentum 0.5', lambda b: b.loop['smoother'].momentum, 0.5),
-    Row('calibrate', '--calibrate 7', lambda b: b.calibrated(lambda run: run.measure([32])), [7]),
+    Row('calibrate', '--calibrate 5', lambda b: b.calibrated(lambda run: run.measure([32])), [5]),
     Row('calibrate_aug', '--no-calibrate-aug', lambda b: type(
         b.data.calibration_loader(32).loader.dataset.maker.transforms[32].transforms[0]), transforms.Resize),
     Row('calibrate_val', '--calibrate-val 3', lambda b: b.calibrated(lambda run: run._validate(0)), [3]),
@@ -273,6 +273,8 @@ MODEL = [
     Row('grad_accum_steps', '--grad-accum-steps 2', lambda b: (len(b.plan), b.plan.num_steps), (6, 3), OFF),
     Row('grad_accum_steps', '--grad-accum-steps 2', lambda b: (len(b.plan), b.plan.num_steps), (6, 3),
         '--mixsize-sizes 32'),
+    Row('grad_accum_steps', '--grad-accum-steps 2', lambda b: b.calibrated(lambda run: run.measure([32])), [4],
+        '--calibrate 2'),
     Row('micro_batch_size', '--micro-batch-size 2', lambda b: [b.loop['micro_batch_size'](size) for size in (16, 32)],
         [8, 2]),
     Row('micro_batch_size', '--micro-batch-size 2', lambda b: max(map(len, b.epoch.images)), 2, OFF),

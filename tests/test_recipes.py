@@ -1,6 +1,7 @@
 """The packaged recipes: each is whole, parses, costs what it says, and has the values of the paper that it names."""
 import json
 import logging
+import math
 import re
 import shlex
 
@@ -41,7 +42,7 @@ def groups(regime):
 
 def test_the_recipes_of_the_issue_are_there():
     paper = [f'imagenet_resnet50_{regime}_{arm}' for regime in ('s224', 's144') for arm in ('bplus', 'dplus')]
-    small = [f'imagenet_efficientnet_b0_s224_{arm}' for arm in ('bplus', 'dplus')]
+    small = [f'imagenet_efficientnet_b0_{arm}' for arm in ('s224_bplus', 's224_dplus', 'fixed224')]
     modern = [f'imagenet_{name}_s224_bplus' for name in ('resnet50_a1', 'resnet50_a2', 'resnet50_a3', 'convnext_tiny')]
     arms = [f'{name}_{arm}' for name in ('cifar_resnet44', 'cifar_wrn28_10', 'finetune')
             for arm in ('fixed', 'bplus', 'dplus')]
@@ -73,7 +74,7 @@ def test_a_recipes_commands_can_be_launched_and_parsed(name):
         assert words[:2] == ['accelerate', 'launch']
         launcher = _validate_launch_command(launch_command_parser().parse_args(
             [*words[2:words.index('-m')], '--gpu_ids', 'all', 'script']))[0]
-        assert name == 'digits' or launcher.num_processes == processes
+        assert launcher.num_processes == processes
         assert launcher.multi_gpu == (processes == 8)
         assert parse_args(arguments(header[label])).recipe == name
 
@@ -178,6 +179,15 @@ def test_the_paper_recipes_have_the_papers_schedule_and_optimizer(name, epochs, 
     assert (group['momentum'], group['nesterov'], group['weight_decay']) == (0.9, False, decay)
 
 
+def test_efficientnet_has_the_schedule_and_optimizer_of_the_papers_code():
+    found, optimizer = rates('imagenet_efficientnet_b0_s224_dplus')
+    falling = [(1 + math.cos(math.pi * epoch / 200)) / 2 for epoch in range(200)]
+    assert found == pytest.approx([1e-4 + (1 - 1e-4) * part for part in falling])
+    group = next(group for group in optimizer.param_groups if group['weight_decay'])
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert (group['momentum'], group['nesterov'], group['weight_decay']) == (0.9, False, 1e-5)
+
+
 @pytest.mark.parametrize('name', [name for name in WITH_DATA if 'resnet44' not in name and 'wrn' not in name])
 def test_the_others_warm_up_and_end_low(name):
     found, _ = rates(name)
@@ -187,6 +197,7 @@ def test_the_others_warm_up_and_end_low(name):
 def test_a_fixed_recipe_differs_from_its_mixed_ones_in_the_regime_alone():
     regime = {'mixsize', 'mixsize_adapt', 'mixsize_drop', 'grad_smoothing', 'fast_loader'}
     for fixed, others in (('imagenet_resnet50_fixed224', ('s224_bplus', 's224_dplus', 's144_bplus', 's144_dplus')),
+                          ('imagenet_efficientnet_b0_fixed224', ('s224_bplus', 's224_dplus')),
                           *((f'{name}_fixed', ('bplus', 'dplus'))
                             for name in ('cifar_resnet44', 'cifar_wrn28_10', 'finetune'))):
         control = yaml.safe_load(read_recipe(fixed))
@@ -243,10 +254,10 @@ def test_another_model_leaves_the_recipes_arguments_of_its_own():
 
 
 def test_another_optimizer_leaves_the_recipes_settings_of_its_own():
-    argv = ['--recipe', 'imagenet_efficientnet_b0_s224_dplus', '--data-dir', 'x']
-    assert parse_args(argv).opt_eps == 0.001
-    assert parse_args([*argv, '--opt', 'sgd']).opt_eps is None
-    assert parse_args([*argv, '--opt', 'adamw', '--opt-eps', '0.001']).opt_eps == 0.001
+    argv = ['--recipe', 'digits']
+    assert parse_args(argv).opt_kwargs == {'max_grad_norm': None}
+    assert parse_args([*argv, '--opt', 'sgd']).opt_kwargs == {}
+    assert parse_args([*argv, '--opt', 'adamw', '--opt-kwargs', 'fused=False']).opt_kwargs == {'fused': False}
 
 
 def test_a_baseline_becomes_mixsize_and_mixsize_off_keeps_no_repetition(tmp_path):

@@ -41,11 +41,12 @@ one for each run, with its commands, commit, machine and versions.
 Accuracies are top-1 in per cent, mean ± standard deviation over the seeds, of the weights at the end of training. With
 MixSize batch norm is calibrated for each size, on augmented images as in the paper; a model that was trained at one
 size, or by timm's scheduled sizes, is given the better of calibrated and own statistics at each size. Settings were not
-chosen on the images that are measured on, but best and matching sizes are read off the same means. Where the fixed size
-was trained in two batches, what is compared with it is compared with the better of the two. Costs are over those of the
-control, the model trained at one size: operations are multiply-accumulates, times are of training steps with their
-loading, on machines that did other work beside, over the control's of the same day, and only of runs whose processor
-has the precision they train in. Of an arm that is in none of these tables single runs were made; they are
+chosen on the images that are measured on, but for this: that most images of half the size were tried at all, on others,
+is what the specialist of 16 px had shown on them. Best and matching sizes are read off the same means. Where the fixed
+size was trained in two batches, what is compared with it is compared with the better of the two. Costs are over those
+of the control, the model trained at one size: operations are multiply-accumulates, times are of training steps with
+their loading, on machines that did other work beside, over the control's of the same day, and only of runs whose
+processor has the precision they train in. Of an arm that is in none of these tables single runs were made; they are
 [with the others](#every-arm-at-every-size), and judged nowhere.
 """
 
