@@ -430,6 +430,8 @@ def test_the_page_has_every_number_with_its_arm(evidence, studied, tmp_path, mon
     assert '63.75 ± 1.29' in text and '1 of 1 runs failed: no memory' in text and '0123456789abcdef' in text
     assert '**Not finished:** 6 of ' in text  # the fourth seed is not one that was wanted
     assert 'Not run: ' in text and 'a machine, cpu' in text
+    first, rest = text.split(f'## {setting.title}', 1)
+    assert '63.75 ± 1.29' in first and '61.50' not in first and '61.50' in rest  # two seeds of three are not in short
     judged, every_arm = text.split('## Every arm at every size')
     assert '42.50' in every_arm and '42.50' not in judged  # what is not planned is shown, and judged nowhere
     assert {path.name for path in (tmp_path / 'plots').iterdir()} == {

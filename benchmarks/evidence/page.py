@@ -31,6 +31,9 @@ PAGE = ROOT / 'docs' / 'results.md'
 PLOTS = ROOT / 'docs' / 'results'
 PLOTTED = (CONTROL, 'fixed-steps', 'timm', 'timm-steps', 'small-dplus', 'small-bplus', 'small-bplus-anneal-steps',
            'half-bplus')
+IN_SHORT = (CONTROL, 'fixed-steps', 'timm', 'timm-progressive', 'small-bplus', 'small-bplus-anneal-steps', 'half-bplus')
+HEADER = ['arm', 'seeds', 'best top-1', 'at', 'mean over sizes', 'operations of training', 'time of training',
+          'smallest size as good as the fixed size\'s best, and times fewer operations']
 HEAD = """# Results
 
 What MixSize gives on real images, beside training at one size and timm's scheduled sizes. This page is made by
@@ -55,7 +58,7 @@ def write_page() -> None:
     """Write the page and the plots."""
     found = {name: _read(Setting.read(name)) for name in Setting.names()}
     settings = [Setting.read(name) for name, results in found.items() if any(results.values())]
-    parts = [HEAD]
+    parts = [HEAD, *_in_short(settings, found)]
     for setting in settings:
         parts.append(_overview(setting, found[setting.name]))
     parts.append((Path(__file__).parent / 'summary.md').read_text(encoding='utf-8'))
@@ -85,29 +88,39 @@ def _planned(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> Dict[s
     return {name: found[name] for name in planned_arms(setting)}
 
 
-def _overview(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> str:
-    found = _planned(setting, found)
-    results = _whole(found)
-    control = curve_of(CONTROL, results)
-    if control is None:
-        return f'## {setting.title}\n\nNot run.\n'
-    rows, target = [], control_of(results)
+def _in_short(settings: Sequence[Setting], found: Dict[str, Dict[str, List[Dict[str, Any]]]]) -> List[str]:
+    """The arms that most is asked about, of all settings in which each has all its seeds."""
+    rows = []
+    for setting in settings:
+        results = _whole(_planned(setting, found[setting.name]))
+        rows += [[setting.title, *row] for row in _measured(setting, results, IN_SHORT) if int(row[1]) >= SEEDS]
+    return ['## In short\n', *_table(['data and model', *HEADER], rows), ''] if rows else []
+
+
+def _measured(setting: Setting, results: Results, names: Sequence[str]) -> List[List[str]]:
+    """A row of :data:`HEADER` for each arm that was run."""
+    control, target, rows = curve_of(CONTROL, results), control_of(results), []
     for name, arm in planned_arms(setting).items():
         curve = curve_of(name, results)
-        if curve is None:
+        if name not in names or curve is None or control is None:
             continue
         runs, best = [as_used(run) for run in results[name]], curve.sizes[curve.best]
         match = fewer_operations(curve, target, setting.base_size)
         rows.append([arm.title, str(len(runs)), over_seeds(runs, lambda run, size=best: top1(run, size)), f'{best} px',
-                     over_seeds(runs, lambda run: top1(run, setting.base_size)), over_seeds(runs, mean_top1),
-                     f'{curve.training["gmacs"] / control.training["gmacs"]:.2f}', times_as_long(name, results),
-                     f'{match[0]} px, {match[1]:.2f}' if match else 'none'])
-    header = ['arm', 'seeds', 'best top-1', 'at', f'top-1 at {setting.base_size} px', 'mean over sizes',
-              'operations of training', 'time of training',
-              'smallest size as good as the fixed size\'s best, and times fewer operations']
+                     over_seeds(runs, mean_top1), f'{curve.training["gmacs"] / control.training["gmacs"]:.2f}',
+                     times_as_long(name, results), f'{match[0]} px, {match[1]:.2f}' if match else 'none'])
+    return rows
+
+
+def _overview(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> str:
+    found = _planned(setting, found)
+    results = _whole(found)
+    rows = _measured(setting, results, tuple(found))
+    if not rows:
+        return f'## {setting.title}\n\nNot run.\n'
     made, wanted = sum(min(SEEDS, len(runs)) for runs in found.values()), SEEDS * len(found)
     unfinished = [f'**Not finished:** {made} of {wanted} runs have been made.\n'] if made < wanted else []
-    return '\n'.join([f'## {setting.title}\n', *unfinished, *_table(header, rows), '', *_plots(setting, results)])
+    return '\n'.join([f'## {setting.title}\n', *unfinished, *_table(HEADER, rows), '', *_plots(setting, results)])
 
 
 def _plots(setting: Setting, results: Results) -> List[str]:
