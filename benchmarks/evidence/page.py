@@ -29,9 +29,10 @@ from .studies import (
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'results.md'
 PLOTS = ROOT / 'docs' / 'results'
-PLOTTED = (CONTROL, 'fixed-steps', 'timm', 'timm-steps', 'small-dplus', 'small-bplus', 'small-bplus-anneal-steps',
-           'half-bplus')
-IN_SHORT = (CONTROL, 'fixed-steps', 'timm', 'timm-progressive', 'small-bplus', 'small-bplus-anneal-steps', 'half-bplus')
+PLOTTED = (CONTROL, 'fixed-steps', 'timm', 'timm-steps', 'timm-half', 'small-dplus', 'small-bplus',
+           'small-bplus-anneal-steps', 'half-bplus')
+IN_SHORT = (CONTROL, 'fixed-steps', 'timm', 'timm-progressive', 'timm-half', 'small-bplus', 'small-bplus-anneal-steps',
+            'half-bplus')
 HEADER = ['arm', 'seeds', 'best top-1', 'at', 'mean over sizes', 'operations of training', 'time of training',
           'smallest size as good as the fixed size\'s best, and times fewer operations']
 HEAD = """# Results

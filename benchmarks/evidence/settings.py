@@ -248,16 +248,22 @@ def _timms(setting: Setting) -> Dict[str, Arm]:
         'timm-progressive': _timm(setting, 'timm, progressive sizes, equal cost', progressive=True),
         'timm-steps': _timm(setting, f'timm, scheduled sizes, {batch_size} in a batch, equal cost',
                             batch_size=batch_size),
+        'timm-half': _timm(setting, 'timm, scheduled sizes, those, shares and batches of half the size, equal cost',
+                           _half(setting)),
     }
 
 
-def _timm(setting: Setting, title: str, progressive: bool = False, **others: Any) -> Arm:
-    regime = setting.regime({**setting.paper, **others}, 'b+')
+def _timm(setting: Setting, title: str, options: Optional[Dict[str, Any]] = None, progressive: bool = False,
+          **others: Any) -> Arm:
+    """The paper's sizes and shares as timm takes them, of the steps; or those of a regime, and its images at each."""
+    regime = setting.regime({**(options or setting.paper), **others}, 'b+')
     batches = [regime.group(size)[0] for size in regime.sizes]
-    # in the mean, a progressive schedule is at all sizes alike
-    shares = [1 / len(batches)] * len(batches) if progressive else regime.probs
+    of_images = [share / batch for share, batch in zip(regime.probs, batches)]
+    shares = [round(share / sum(of_images), 4) for share in of_images] if options else list(regime.probs)
+    if progressive:  # in the mean at all sizes alike
+        shares = [1 / len(batches)] * len(batches)
     step = sum(share * batch * setting.gmacs(size) for share, batch, size in zip(shares, batches, regime.sizes))
-    schedule = {'train_size_schedule': 'progressive'} if progressive else {'train_size_probs': list(regime.probs)}
+    schedule = {'train_size_schedule': 'progressive'} if progressive else {'train_size_probs': shares}
     return Arm(title, {
         'mixsize': 'off', 'grad_smoothing': False, 'train_img_sizes': list(regime.sizes), 'train_batch_sizes': batches,
         **schedule, 'train_batches_per_epoch': round(setting.budget / setting.epochs / step), **others},

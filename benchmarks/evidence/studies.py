@@ -17,7 +17,7 @@ PAPER = ('dplus-equal', 'bplus', 'small-bplus', 'small-dplus')  # its regimes, a
 _DPLUS = ('dplus-equal', 'small-dplus')
 _OURS = ('small-bplus-anneal', 'small-bplus-anneal-steps', 'smaller-bplus', 'half-bplus')
 _CHEAP = ('small-bplus-cheap', 'small-bplus-anneal-steps-cheap', 'half-bplus-cheap', 'fixed-cheap')
-_RIVALS = (*PAPER, *_OURS, 'timm', 'timm-steps')  # of the control
+_RIVALS = (*PAPER, *_OURS, 'timm', 'timm-steps', 'timm-half')  # of the control
 _CONTROLS = (CONTROL, 'fixed-steps')  # in two batches
 _ONE_FOR_ALL = (*_DPLUS, 'small-bplus-anneal-steps', 'half-bplus')
 Line = Callable[[Setting, Curve, Curve], str]
@@ -248,7 +248,9 @@ def _beyond(setting: Setting, results: Results) -> List[str]:
                                   'small-bplus-anneal-steps', 'timm-steps'),
                                  ('Smaller images', 'smaller-bplus', 'small-bplus'),
                                  ('Nine images of ten at half the size', 'half-bplus',
-                                  'small-bplus-anneal-steps')))(setting, results)
+                                  'small-bplus-anneal-steps'),
+                                 ('In place of timm\'s scheduled sizes with the same images at each size',
+                                  'half-bplus', 'timm-half')))(setting, results)
 
 
 def make_studies(setting: Setting) -> Dict[str, Study]:
@@ -290,5 +292,5 @@ def make_studies(setting: Setting) -> Dict[str, Study]:
             'both at the best size and in the mean over all sizes. Then the differences that each makes, and what the '
             'smaller batch does for the fixed size and for timm\'s scheduled sizes: top-1 in points, the mean over all '
             'sizes, with the standard deviation over the seeds.',
-            (*_CONTROLS, 'timm', 'timm-steps', *PAPER, *_OURS), _beyond),
+            (*_CONTROLS, 'timm', 'timm-steps', 'timm-half', *PAPER, *_OURS), _beyond),
     }
