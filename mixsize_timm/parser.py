@@ -46,14 +46,15 @@ def _add_mixsize(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('MixSize')
     group.add_argument('--mixsize', choices=MIXSIZE_MODES, default=None,
                        help='regime of sizes: a preset relative to the base size, "custom" with --mixsize-sizes, or '
-                            '"off" for timm\'s own loader; a144 is s144 annealed, by B+, its mean batch --batch-size '
-                            '(default: cifar for a base size under 96, else s224)')
+                            '"off" for timm\'s own loader; a144 is s144, and a123 nine images of ten at half the base '
+                            'size, each annealed, by B+, its mean batch --batch-size (default: cifar for a base size '
+                            'under 96, else s224)')
     group.add_argument('--mixsize-adapt', choices=ADAPT_MODES, default=None,
                        help='what small images save is spent on: a larger batch, duplicates, or both (default: d+; b+ '
-                            'with a144)')
+                            'with a144 and a123)')
     group.add_argument('--mixsize-batch-of', choices=BATCHES, default=None,
                        help='what --batch-size is: the batch at the base size, or the mean over the steps (default: '
-                            'base; mean with a144)')
+                            'base; mean with a144 and a123)')
     group.add_argument('--mixsize-sizes', type=int, nargs='+', default=None, metavar='N',
                        help='image sizes of a custom regime')
     group.add_argument('--mixsize-probs', type=float, nargs='+', default=None, metavar='P',
@@ -71,7 +72,7 @@ def _add_mixsize(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--mixsize-anneal', type=float, default=None, metavar='X',
                        help='train small images early and large ones late: at 1 the size farthest from the mean has '
                             'twice its share at one end of the run and none at the other; over the run every size '
-                            'keeps its share; below 0 large ones come first (default: 0, off; 1 with a144)')
+                            'keeps its share; below 0 large ones come first (default: 0, off; 1 with a144 and a123)')
     group.add_argument('--mixsize-reg', type=float, default=0., metavar='X',
                        help='regularise large images more and small ones less: augmentation magnitude, dropout, '
                             'stochastic depth and mixup are multiplied by 1 + X (size / base size - 1) '

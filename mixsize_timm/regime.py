@@ -19,10 +19,15 @@ _IMAGENET_PRESETS = {
     's224': {-3: 0.8 / 6, -2: 0.8 / 6, -1: 0.8 / 6, 0: 0.2, 1: 0.8 / 6, 2: 0.8 / 6, 3: 0.8 / 6},
     's144': {-4: 0.2, -3: 0.6, 0: 0.1, 1: 0.1},
 }
-_CIFAR_PRESET = {Fraction(1, 2): 0.2, Fraction(3, 4): 0.3, Fraction(1): 0.3, Fraction(3, 2): 0.2}
-PRESETS = (*_IMAGENET_PRESETS, 'cifar', 'a144')
-# What a preset takes for arguments that are not given. This one is ours: docs/results.md, study 6.
-PRESET_OPTIONS: Mapping[str, Mapping[str, Any]] = {'a144': {'adapt': 'b+', 'anneal': 1., 'batch_of': 'mean'}}
+# Preset -> [(share of S0, probability)]
+_SHARE_PRESETS = {
+    'cifar': {Fraction(1, 2): 0.2, Fraction(3, 4): 0.3, Fraction(1): 0.3, Fraction(3, 2): 0.2},
+    'a123': {Fraction(1, 2): 0.9, Fraction(1): 0.1},
+}
+PRESETS = (*_IMAGENET_PRESETS, 'cifar', 'a144', 'a123')
+# What a preset takes for arguments that are not given. These are ours: docs/results.md, study 6.
+PRESET_OPTIONS: Mapping[str, Mapping[str, Any]] = dict.fromkeys(
+    ('a144', 'a123'), {'adapt': 'b+', 'anneal': 1., 'batch_of': 'mean'})
 
 SIZE_MULTIPLE = 8  # preset sizes other than the base size are rounded to it
 
@@ -93,21 +98,23 @@ class Regime:
 
         Args:
             name: ``s224`` (mean size equal to the base size), ``s144`` (mean 144 for a base of 224) or ``cifar``, of
-                the paper; ``a144``, ours: ``s144`` by B+, annealed, and ``batch_size`` the mean over its steps, each
-                of them if nothing else is said.
+                the paper; ours are ``a144``, which is ``s144``, and ``a123``, nine images of ten at half the base
+                size and one at all of it: by B+, annealed, and ``batch_size`` the mean over the steps, each of them
+                if nothing else is said.
             base_size: Base size ``S0`` in pixels.
             **kwargs: The other arguments of :class:`Regime`.
 
         Raises:
             ValueError: The preset is unknown, or the base size too small for it.
         """
+        kwargs = {**PRESET_OPTIONS.get(name, {}), **kwargs}
         if name == 'a144':
-            return cls.preset('s144', base_size, **{**PRESET_OPTIONS[name], **kwargs})
+            return cls.preset('s144', base_size, **kwargs)
         if name in _IMAGENET_PRESETS:
             increment = base_size // 7
             weighted = {base_size + k * increment: p for k, p in _IMAGENET_PRESETS[name].items()}
-        elif name == 'cifar':
-            weighted = {round(base_size * r): p for r, p in _CIFAR_PRESET.items()}
+        elif name in _SHARE_PRESETS:
+            weighted = {round(base_size * r): p for r, p in _SHARE_PRESETS[name].items()}
         else:
             raise ValueError(f'unknown preset {name!r}, expected one of {", ".join(PRESETS)}')
         merged = merge_sizes({size: size if size == base_size else _round_size(size) for size in weighted}, weighted)

@@ -177,6 +177,7 @@ MIXSIZE = [
     Row('mixsize', '--mixsize off', lambda b: type(b.data.loader).__name__, 'PrefetchLoader'),
     Row('mixsize', '--mixsize s144', lambda b: b.data.regime.probs[0], pytest.approx(0.8)),
     Row('mixsize', '--mixsize a144', lambda b: b.data.regime.anneal, 1, '--epochs 2'),
+    Row('mixsize', '--mixsize a123', lambda b: b.data.regime.sizes, (16, 32), '--epochs 2'),
     Row('mixsize_adapt', '--mixsize-adapt b+', lambda b: set(b.plan.duplicates), {1}),
     Row('mixsize_batch_of', '--mixsize-batch-of mean', lambda b: b.data.regime.base_batch, 5,
         '-b 10 --mixsize-sizes 16 32 --mixsize-probs 2 1 --mixsize-adapt b+'),

@@ -93,6 +93,14 @@ def test_the_batch_at_the_base_size_is_what_makes_the_mean():
     assert Regime.preset('a144', batch_size=64, epochs=90, max_work=0.4).group(128) == (78, 1)
 
 
+def test_most_images_at_half_the_size_in_a_mean_batch():
+    """The mean area of an image is 0.325 of that at the base size."""
+    regime = Regime.preset('a123', batch_size=64, epochs=90)
+    assert regime.probs == pytest.approx((0.9, 0.1)) and groups(regime) == {112: (84, 1), 224: (21, 1)}
+    assert (regime.batch_of, regime.adapt, regime.anneal) == ('mean', 'b+', 1)
+    assert Regime.preset('a123', base_size=96, batch_size=64, epochs=9).sizes == (48, 96)
+
+
 def test_what_a_preset_brings_gives_way_to_what_is_said():
     said = Regime.preset('a144', adapt='d+', anneal=0., batch_of='base', batch_size=64)
     assert said == Regime.preset('s144', adapt='d+', batch_size=64)
