@@ -19,7 +19,7 @@ _IMAGENET_PRESETS = {
     's224': {-3: 0.8 / 6, -2: 0.8 / 6, -1: 0.8 / 6, 0: 0.2, 1: 0.8 / 6, 2: 0.8 / 6, 3: 0.8 / 6},
     's144': {-4: 0.2, -3: 0.6, 0: 0.1, 1: 0.1},
 }
-# Preset -> [(share of S0, probability)]
+# Preset -> {size over the base size S0: probability}
 _SHARE_PRESETS = {
     'cifar': {Fraction(1, 2): 0.2, Fraction(3, 4): 0.3, Fraction(1): 0.3, Fraction(3, 2): 0.2},
     'a123': {Fraction(1, 2): 0.9, Fraction(1): 0.1},

@@ -167,7 +167,6 @@ def test_tar_shards_hold_all_images_with_their_labels(source, prepared):
 
 
 def test_timms_reader_of_tar_shards_reads_them(prepared):
-    pytest.importorskip('webdataset', reason='timm reads tar shards with the webdataset package')
     dataset = timm.data.create_dataset('wds/photos', root=str(prepared), split='validation')
     images = list(dataset)
     assert len(dataset) == 8 and sorted(target for _, target in images) == [0] * 4 + [1] * 4
