@@ -11,6 +11,8 @@ from mixsize_timm.plots import against_gmacs, against_size
 from .runs import read_results
 from .settings import CONTROL, Setting, make_arms, planned_arms
 from .studies import (
+    NO_SIZE,
+    NONE,
     SEEDS,
     Results,
     Study,
@@ -33,8 +35,8 @@ PLOTTED = (CONTROL, 'fixed-steps', 'timm', 'timm-steps', 'timm-half', 'small-dpl
            'small-bplus-anneal-steps', 'half-bplus')
 IN_SHORT = (CONTROL, 'fixed-steps', 'timm', 'timm-progressive', 'timm-half', 'small-bplus', 'small-bplus-anneal-steps',
             'half-bplus')
-HEADER = ['arm', 'seeds', 'best top-1', 'at', 'mean over sizes', 'operations of training', 'time of training',
-          'smallest size as good as the fixed size\'s best, and times fewer operations']
+HEADER = ['arm', 'seeds', 'best top-1', 'at', 'mean over sizes', 'training: operations', 'training: time',
+          'as good as fixed at', 'inference: times fewer operations']
 HEAD = """# Results
 
 What MixSize gives on real images, beside training at one size and timm's scheduled sizes. This page is made by
@@ -42,16 +44,21 @@ What MixSize gives on real images, beside training at one size and timm's schedu
 one for each run, with its commands, commit, machine and versions.
 [How the studies are made](../benchmarks/evidence/README.md).
 
-Accuracies are top-1 in per cent, mean ± standard deviation over the seeds, of the weights at the end of training. With
-MixSize batch norm is calibrated for each size, on augmented images as in the paper; a model that was trained at one
-size, or by timm's scheduled sizes, is given the better of calibrated and own statistics at each size. Settings were not
-chosen on the images that are measured on, but for this: that most images of half the size were tried at all, on others,
-is what the specialist of 16 px had shown on them. Best and matching sizes are read off the same means. Where the fixed
-size was trained in two batches, what is compared with it is compared with the better of the two. Costs are over those
-of the control, the model trained at one size: operations are multiply-accumulates, times are of training steps with
-their loading, on machines that did other work beside, over the control's of the same day, and only of runs whose
-processor has the precision they train in. Of an arm that is in none of these tables single runs were made; they are
-[with the others](#every-arm-at-every-size), and judged nowhere.
+* **Accuracies** are top-1 in per cent, mean ± standard deviation over the seeds, of the weights at the end of training.
+  With MixSize batch norm is calibrated for each size, on augmented images as in the paper. A model of one size, or of
+  timm's loader, is given the better of calibrated and own statistics at each size.
+* **Arms** have the same operations of training, if nothing else is said. The control is the first of each data set,
+  trained at one size; where the fixed size was trained in two batches, the better one is what others have to match.
+  "Mean 20 px" is the mean size over the images of an epoch, a "mean batch" that over its steps: as large as the
+  control's, where the paper's regimes have the control's batch at the base size, and larger ones below. On photographs
+  "B+, annealed, mean batch" is the preset `a144`; `a123` is the preset of that name.
+* **Costs** are over those of the control: operations are multiply-accumulates; times are of training steps with their
+  loading, on machines that did other work beside, over the control's of the same day, and only of runs whose processor
+  has the precision they train in.
+* **Sizes** "as good as fixed" and best sizes are read off the same means that are shown.
+* **Settings** were not chosen on the images that are measured on, but for this: that most images of half the size were
+  tried at all, on others, is what the specialist of 16 px had shown on them. Of an arm that is in none of these tables
+  single runs were made; they are [with the others](#every-arm-at-every-size), and judged nowhere.
 """
 
 
@@ -76,7 +83,9 @@ def write_page() -> None:
 
 
 def _read(setting: Setting) -> Dict[str, List[Dict[str, Any]]]:
-    return {name: read_results(setting, name) for name in make_arms(setting)}
+    """All runs by arm, each under the arm's title of today."""
+    return {name: [{**run, 'title': arm.title} for run in read_results(setting, name)]
+            for name, arm in make_arms(setting).items()}
 
 
 def _whole(found: Dict[str, List[Dict[str, Any]]]) -> Results:
@@ -94,7 +103,8 @@ def _in_short(settings: Sequence[Setting], found: Dict[str, Dict[str, List[Dict[
     rows = []
     for setting in settings:
         results = _whole(_planned(setting, found[setting.name]))
-        rows += [[setting.title, *row] for row in _measured(setting, results, IN_SHORT) if int(row[1]) >= SEEDS]
+        measured = [row for row in _measured(setting, results, IN_SHORT) if int(row[1]) >= SEEDS]
+        rows += [[setting.title if row is measured[0] else '', *row] for row in measured]
     return ['## In short\n', *_table(['data and model', *HEADER], rows), ''] if rows else []
 
 
@@ -107,9 +117,10 @@ def _measured(setting: Setting, results: Results, names: Sequence[str]) -> List[
             continue
         runs, best = [as_used(run) for run in results[name]], curve.sizes[curve.best]
         match = fewer_operations(curve, target, setting.base_size)
+        inference = [f'{match[0]} px', f'{match[1]:.2f}'] if match else [NO_SIZE, NONE]
         rows.append([arm.title, str(len(runs)), over_seeds(runs, lambda run, size=best: top1(run, size)), f'{best} px',
                      over_seeds(runs, mean_top1), f'{curve.training["gmacs"] / control.training["gmacs"]:.2f}',
-                     times_as_long(name, results), f'{match[0]} px, {match[1]:.2f}' if match else 'none'])
+                     times_as_long(name, results), *inference])
     return rows
 
 
@@ -142,7 +153,8 @@ def _section(setting: Setting, study: Study, found: Dict[str, List[Dict[str, Any
     """The answers of a study for a setting, nothing where it has no arms of it."""
     arms, found = planned_arms(setting), _planned(setting, found)
     names = [name for name in study.arms if name in arms]
-    lines = study.answer(setting, _whole(found))
+    parts = [[*_table(*table), ''] for table in study.answer(setting, _whole(found)) if table.rows]
+    lines = []
     for name in names:
         failed = [run for run in found[name] if 'failed' in run]
         if failed:
@@ -150,20 +162,21 @@ def _section(setting: Setting, study: Study, found: Dict[str, List[Dict[str, Any
     missing = [arms[name].title for name in names if not found[name]]
     if missing:
         lines.append(f'Not run: {"; ".join(missing)}.')
-    if not lines:
-        return ''
-    return '\n'.join([f'### {setting.title}\n', *(f'- {line}' for line in lines), ''])
+    if lines:
+        parts.append([*(f'- {line}' for line in lines), ''])
+    return '\n'.join([f'### {setting.title}\n', *sum(parts, [])]) if parts else ''
 
 
 def _accuracies(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> str:
     results = _whole(found)
     control = curve_of(CONTROL, results)
-    rows = [row for runs in results.values() for row in _rows(runs, control, setting.sizes)]
-    header = ['arm', 'epochs', 'cost', 'seeds', 'statistics', *(f'{size} px' for size in setting.sizes)]
+    rows = [row for name, runs in results.items() for row in _rows(name, runs, control, setting.sizes)]
+    header = ['arm', 'files', 'epochs', 'cost', 'seeds', 'statistics', *(f'{size} px' for size in setting.sizes)]
     return '\n'.join([f'### {setting.title}\n', *_table(header, rows), ''])
 
 
-def _rows(all_runs: Sequence[Dict[str, Any]], control: Optional[Curve], sizes: Sequence[int]) -> List[List[str]]:
+def _rows(name: str, all_runs: Sequence[Dict[str, Any]], control: Optional[Curve],
+          sizes: Sequence[int]) -> List[List[str]]:
     rows = []
     for key, kind in (('top1', 'calibrated'), ('top1_as_in_use', 'calibrated as in use'), ('top1_uncalibrated', 'own')):
         runs = [run for run in all_runs if key in run['results'][0]]
@@ -171,7 +184,7 @@ def _rows(all_runs: Sequence[Dict[str, Any]], control: Optional[Curve], sizes: S
             continue
         cells = [over_seeds(runs, lambda run, size=size, key=key: top1(run, size, key)) for size in sizes]
         cost = mean(run['training']['gmacs'] for run in runs) / control.training['gmacs'] if control else None
-        rows.append([runs[0]['title'], str(runs[0]['options']['epochs']), f'{cost:.2f}' if cost else '-',
+        rows.append([runs[0]['title'], f'`{name}`', str(runs[0]['options']['epochs']), f'{cost:.2f}' if cost else '-',
                      str(len(runs)), kind, *cells])
     return rows
 

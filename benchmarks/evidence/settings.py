@@ -21,7 +21,6 @@ HERE = Path(__file__).resolve().parent
 CONTROL = 'fixed'
 OFF = {'mixsize': 'off', 'fast_loader': True, 'grad_smoothing': False}
 CHEAP = 0.4  # of the control's cost: 2.5 times less
-HALF = 'MixSize B+ of half the size, annealed, the mean batch as the control\'s'
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class Arm:
     """One way to train.
 
     Attributes:
-        title: What it is called on the page.
+        title: What it is called on the page, with its cost where that is not the control's.
         options: Arguments of training besides those of the setting.
         epochs: Number of epochs.
     """
@@ -163,26 +162,30 @@ def _mean_gmacs(setting: Setting, regime: Regime) -> float:
     return sum(setting.epoch_gmacs(regime, epoch) for epoch in epochs) / len(epochs)
 
 
+def _mean_size(setting: Setting, options: Dict[str, Any]) -> str:
+    return f'mean {setting.regime(options, "b+").mean_size:.0f} px'
+
+
 def _mixed(setting: Setting) -> Dict[str, Arm]:
     """The paper's regimes."""
+    wide, small = (_mean_size(setting, options) for options in (setting.paper, setting.small))
     return {
-        'dplus-equal': _mixsize(setting, 'MixSize D+, equal cost', setting.paper, 'd+'),
-        'bplus': _mixsize(setting, 'MixSize B+, equal cost', setting.paper, 'b+'),
-        'small-dplus': _mixsize(setting, 'MixSize D+ of small mean size, equal cost', setting.small, 'd+'),
-        'small-bplus': _mixsize(setting, 'MixSize B+ of small mean size, equal cost', setting.small, 'b+'),
+        'dplus-equal': _mixsize(setting, f'MixSize D+, {wide}', setting.paper, 'd+'),
+        'bplus': _mixsize(setting, f'MixSize B+, {wide}', setting.paper, 'b+'),
+        'small-dplus': _mixsize(setting, f'MixSize D+, {small}', setting.small, 'd+'),
+        'small-bplus': _mixsize(setting, f'MixSize B+, {small}', setting.small, 'b+'),
     }
 
 
 def _cheap(setting: Setting) -> Dict[str, Arm]:
-    batch_size = setting.steps_batch_size
-    half = _half(setting)
+    small = _mean_size(setting, setting.small)
     return {
-        'small-bplus-cheap': _mixsize(setting, f'MixSize B+ of small mean size, {CHEAP} of the cost', setting.small,
-                                      'b+', CHEAP),
+        'small-bplus-cheap': _mixsize(setting, f'MixSize B+, {small}, {CHEAP} of the cost', setting.small, 'b+', CHEAP),
         'small-bplus-anneal-steps-cheap': _mixsize(
-            setting, f'MixSize B+ of small mean size, annealed, {batch_size} in a batch, {CHEAP} of the cost',
-            setting.small, 'b+', CHEAP, anneal=1., batch_size=batch_size),
-        'half-bplus-cheap': _mixsize(setting, f'{HALF}, {CHEAP} of the cost', half, 'b+', CHEAP, anneal=1.),
+            setting, f'MixSize B+, {small}, annealed, mean batch of {setting.batch_size}, {CHEAP} of the cost',
+            setting.small, 'b+', CHEAP, anneal=1., batch_size=setting.steps_batch_size),
+        'half-bplus-cheap': _mixsize(setting, f'MixSize a123, {CHEAP} of the cost', _half(setting), 'b+', CHEAP,
+                                     anneal=1.),
         'fixed-cheap': Arm(f'fixed {setting.base_size} px, {CHEAP} of the cost', OFF,
                            max(1, int(CHEAP * setting.epochs))),
     }
@@ -193,7 +196,7 @@ def _specialists(setting: Setting) -> Dict[str, Arm]:
     arms = {}
     for size in setting.specialists:
         epochs = round(setting.epochs * setting.gmacs(setting.base_size) / setting.gmacs(size))
-        arms[f'specialist-{size}'] = Arm(f'fixed {size} px, equal cost', {**OFF, 'img_size': size}, max(1, epochs))
+        arms[f'specialist-{size}'] = Arm(f'fixed {size} px', {**OFF, 'img_size': size}, max(1, epochs))
     return arms
 
 
@@ -205,14 +208,14 @@ def _parts(setting: Setting) -> Dict[str, Arm]:
     drop = {'drop': 0.2, 'drop_path': 0.1}
 
     def part(words: str, options: Dict[str, Any] = setting.small, **others: Any) -> Arm:
-        title = f'MixSize B+ of small mean size {words}, {CHEAP} of the cost'
+        title = f'MixSize B+, {_mean_size(setting, setting.small)}, {words}, {CHEAP} of the cost'
         return _mixsize(setting, title, options, 'b+', CHEAP, **others)
 
     return {
-        'cheap-rough': part('without smoothing', grad_smoothing=False),
-        'cheap-over-steps': part('by shares of the steps', over_steps),
-        'cheap-drop': part('with dropout', **drop),
-        'cheap-drop-reg': part('with dropout by size', mixsize_reg=1.0, **drop),
+        'cheap-rough': part('no smoothing', grad_smoothing=False),
+        'cheap-over-steps': part('shares of steps', over_steps),
+        'cheap-drop': part('dropout', **drop),
+        'cheap-drop-reg': part('dropout by size', mixsize_reg=1.0, **drop),
     }
 
 
@@ -220,36 +223,33 @@ def _beyond(setting: Setting) -> Dict[str, Arm]:
     """Small images early and large ones late; so, and one size, in as small a batch; most images yet smaller."""
     batch_size = setting.steps_batch_size
     images = setting.num_images // batch_size * batch_size  # fewer are dropped
+    small, smaller = (_mean_size(setting, options) for options in (setting.small, setting.smaller))
     return {
-        'small-bplus-anneal': _mixsize(setting, 'MixSize B+ of small mean size, annealed, equal cost', setting.small,
-                                       'b+', anneal=1.),
+        'small-bplus-anneal': _mixsize(setting, f'MixSize B+, {small}, annealed', setting.small, 'b+', anneal=1.),
         'small-bplus-anneal-steps': _mixsize(
-            setting, f'MixSize B+ of small mean size, annealed, {batch_size} in a batch, equal cost', setting.small,
-            'b+', anneal=1., batch_size=batch_size),
-        'fixed-steps': Arm(f'fixed {setting.base_size} px, {batch_size} in a batch, equal cost',
-                           {**OFF, 'batch_size': batch_size},
+            setting, f'MixSize B+, {small}, annealed, mean batch of {setting.batch_size}', setting.small, 'b+',
+            anneal=1., batch_size=batch_size),
+        'fixed-steps': Arm(f'fixed {setting.base_size} px, batch of {batch_size}', {**OFF, 'batch_size': batch_size},
                            round(setting.budget / (images * setting.gmacs(setting.base_size)))),
-        'smaller-bplus': _mixsize(setting, 'MixSize B+ of smaller mean size, equal cost', setting.smaller, 'b+'),
-        'half-bplus': _mixsize(setting, f'{HALF}, equal cost', _half(setting), 'b+', anneal=1.),
+        'smaller-bplus': _mixsize(setting, f'MixSize B+, {smaller}', setting.smaller, 'b+'),
+        'half-bplus': _mixsize(setting, 'MixSize a123', _half(setting), 'b+', anneal=1.),
     }
 
 
 def _half(setting: Setting) -> Dict[str, Any]:
-    """Nine images of ten at half the base size, one at all of it, the mean batch that of the control."""
+    """The preset a123: nine images of ten at half the base size, one at all of it, the mean batch the control's."""
     return {'mixsize': 'custom', 'mixsize_sizes': [setting.base_size // 2, setting.base_size],
             'mixsize_probs': [0.9, 0.1], 'mixsize_batch_of': 'mean'}
 
 
 def _timms(setting: Setting) -> Dict[str, Arm]:
     """timm's scheduled sizes, the batch of each as B+ has it, at equal cost."""
-    batch_size = setting.steps_batch_size
     return {
-        'timm': _timm(setting, 'timm, scheduled sizes, equal cost'),
-        'timm-progressive': _timm(setting, 'timm, progressive sizes, equal cost', progressive=True),
-        'timm-steps': _timm(setting, f'timm, scheduled sizes, {batch_size} in a batch, equal cost',
-                            batch_size=batch_size),
-        'timm-half': _timm(setting, 'timm, scheduled sizes, those, shares and batches of half the size, equal cost',
-                           _half(setting)),
+        'timm': _timm(setting, 'timm, scheduled sizes'),
+        'timm-progressive': _timm(setting, 'timm, progressive sizes', progressive=True),
+        'timm-steps': _timm(setting, f'timm, scheduled sizes, mean batch of {setting.batch_size}',
+                            batch_size=setting.steps_batch_size),
+        'timm-half': _timm(setting, 'timm, scheduled sizes, a123\'s images', _half(setting)),
     }
 
 
