@@ -20,6 +20,14 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # for processes: models are tiny,
 torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # s that torch waits for each worker of a loader that failed
 
+LONGEST = ('test_arguments', 'test_processes', 'test_train', 'test_export', 'test_launch', 'test_hub', 'test_recipes',
+           'test_kill')
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest first: one of them begun last would leave the other processes of xdist idle."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 @pytest.fixture(autouse=True)
 def fresh_state():
