@@ -1,4 +1,5 @@
 """docs/results.md and its plots, made of the results of all runs."""
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, Dict, List, Optional, Sequence
@@ -31,8 +32,7 @@ from .studies import (
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'results.md'
 PLOTS = ROOT / 'docs' / 'results'
-PLOTTED = (CONTROL, 'fixed-steps', 'timm', 'timm-steps', 'timm-half', 'small-dplus', 'small-bplus',
-           'small-bplus-anneal-steps', 'half-bplus')
+PLOTTED = ('timm', 'timm-progressive', 'timm-half', 'small-bplus', 'small-bplus-anneal-steps', 'half-bplus')
 IN_SHORT = (CONTROL, 'fixed-steps', 'timm', 'timm-progressive', 'timm-half', 'small-bplus', 'small-bplus-anneal-steps',
             'half-bplus')
 HEADER = ['arm', 'seeds', 'best top-1', 'at', 'mean over sizes', 'training: operations', 'training: time',
@@ -138,7 +138,9 @@ def _overview(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> str:
 
 
 def _plots(setting: Setting, results: Results) -> List[str]:
-    curves = [curve for name in PLOTTED if (curve := curve_of(name, results)) is not None]
+    """The control in the better of its batches and the arms beside it, as they are judged."""
+    curves = [replace(curve, calibrated=False) for curve in (control_of(results), *(
+        curve_of(name, results) for name in PLOTTED)) if curve is not None]
     lines = []
     PLOTS.mkdir(exist_ok=True)
     for kind, plot in (('size', against_size), ('gmacs', against_gmacs)):
