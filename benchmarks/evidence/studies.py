@@ -215,6 +215,7 @@ _BEYOND = _differences((
     ('not timm\'s scheduled sizes, both in as small a batch', 'small-bplus-anneal-steps', 'timm-steps'),
     ('smaller images', 'smaller-bplus', 'small-bplus'),
     ('nine images of ten at half the size', 'half-bplus', 'small-bplus-anneal-steps'),
+    ('not timm\'s progressive sizes', 'half-bplus', 'timm-progressive'),
     ('smoothed and annealed, not timm\'s scheduled sizes of the same images', 'half-bplus', 'timm-half'),
 ))
 
@@ -296,5 +297,5 @@ def make_studies(setting: Setting) -> Dict[str, Study]:
             'mean over the steps is the control\'s; nine images of ten at half the base size. Aim: better than every '
             'regime of the paper, both at the best size and in the mean over all sizes. Then what each difference '
             'makes: top-1 in points, the mean over all sizes, seed by seed.',
-            (*_CONTROLS, 'timm', 'timm-steps', 'timm-half', *PAPER, *_OURS), _beyond),
+            (*_CONTROLS, 'timm', 'timm-progressive', 'timm-steps', 'timm-half', *PAPER, *_OURS), _beyond),
     }
