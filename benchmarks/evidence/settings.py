@@ -220,7 +220,7 @@ def _parts(setting: Setting) -> Dict[str, Arm]:
 
 
 def _beyond(setting: Setting) -> Dict[str, Arm]:
-    """Small images early and large ones late; so, and one size, in as small a batch; most images yet smaller."""
+    """Small images early and large ones late; so, and one size, in as small a batch; most images at half the size."""
     batch_size = setting.steps_batch_size
     images = setting.num_images // batch_size * batch_size  # fewer are dropped
     small, smaller = (_mean_size(setting, options) for options in (setting.small, setting.smaller))
@@ -233,6 +233,9 @@ def _beyond(setting: Setting) -> Dict[str, Arm]:
                            round(setting.budget / (images * setting.gmacs(setting.base_size)))),
         'smaller-bplus': _mixsize(setting, f'MixSize B+, {smaller}', setting.smaller, 'b+'),
         'half-bplus': _mixsize(setting, 'MixSize a123', _half(setting), 'b+', anneal=1.),
+        'half-bplus-rough': _mixsize(setting, 'MixSize a123, no smoothing', _half(setting), 'b+', anneal=1.,
+                                     grad_smoothing=False),
+        'half-bplus-even': _mixsize(setting, 'MixSize a123, not annealed', _half(setting), 'b+'),
     }
 
 

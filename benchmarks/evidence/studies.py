@@ -215,6 +215,8 @@ _BEYOND = _differences((
     ('not timm\'s scheduled sizes, both in as small a batch', 'small-bplus-anneal-steps', 'timm-steps'),
     ('smaller images', 'smaller-bplus', 'small-bplus'),
     ('nine images of ten at half the size', 'half-bplus', 'small-bplus-anneal-steps'),
+    ('smoothing in that', 'half-bplus', 'half-bplus-rough'),
+    ('annealing in that', 'half-bplus', 'half-bplus-even'),
     ('not timm\'s progressive sizes', 'half-bplus', 'timm-progressive'),
     ('smoothed and annealed, not timm\'s scheduled sizes of the same images', 'half-bplus', 'timm-half'),
 ))
@@ -297,5 +299,6 @@ def make_studies(setting: Setting) -> Dict[str, Study]:
             'mean over the steps is the control\'s; nine images of ten at half the base size. Aim: better than every '
             'regime of the paper, both at the best size and in the mean over all sizes. Then what each difference '
             'makes: top-1 in points, the mean over all sizes, seed by seed.',
-            (*_CONTROLS, 'timm', 'timm-progressive', 'timm-steps', 'timm-half', *PAPER, *_OURS), _beyond),
+            (*_CONTROLS, 'timm', 'timm-progressive', 'timm-steps', 'timm-half', *PAPER, *_OURS, 'half-bplus-rough',
+             'half-bplus-even'), _beyond),
     }
