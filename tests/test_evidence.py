@@ -82,6 +82,7 @@ def test_every_command_of_training_is_taken_by_the_parser(evidence, studied, tmp
             words = evidence('runs').training_command(setting, name, arm, 1, machine(evidence, tmp_path))
             args = parse_args(words[words.index('mixsize_timm.train') + 1:])
             assert (args.epochs, args.seed, args.experiment) == (arm.epochs, 1, f'{name}-1')
+            assert args.warmup_epochs >= 1
 
 
 def test_arms_of_equal_cost_take_as_many_operations_as_the_control(evidence, studied, tmp_path):

@@ -223,7 +223,7 @@ def training_options(setting: Setting, arm: Arm) -> Dict[str, Any]:
     """The arguments of training that make an arm what it is."""
     return {'model': setting.model, 'model_kwargs': setting.model_kwargs, 'img_size': setting.base_size,
             'batch_size': setting.batch_size, **setting.arguments, **arm.options, 'epochs': arm.epochs,
-            'warmup_epochs': round(setting.warmup * arm.epochs)}
+            'warmup_epochs': max(1, round(setting.warmup * arm.epochs))}
 
 
 def data_folder(setting: Setting, machine: Machine) -> Path:

@@ -35,7 +35,7 @@ class Setting:
         base_size: Image size of the control, in pixels.
         batch_size: Its batch.
         epochs: Its epochs.
-        warmup: Share of its epochs that every arm warms up for, to whole epochs.
+        warmup: Share of its epochs that every arm warms up for, to whole epochs and at least one.
         sizes: Image sizes that every run is measured at.
         specialists: Sizes besides the base size that a fixed-size model is trained at.
         paper: Options of the paper's regime of a mean size near the base size.
