@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 PLOTS = ('accuracy-against-size', 'accuracy-against-gmacs')
 FORMATS = ('png', 'svg')
 # Okabe and Ito's colours, told apart by the colour-blind, and a marker for each
-_COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
+_COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#999999')
 _MARKERS = 'osD^vP*X'
 _MAX_TICKS = 12
 

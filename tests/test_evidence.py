@@ -257,12 +257,27 @@ def test_cheaper_inference_counts_from_the_size_that_the_control_was_trained_at(
                'timm': of('timm', 60, 69, 69.9, regime='off')}
     rows, = answer(evidence, 'inference', results)
     assert list(rows) == ['fixed', 'B+', 'timm'] and rows['fixed']['best top-1'] == '70.00 at 32 px'
-    assert list(rows['B+'].values()) == ['74.00 at 32 px', '16 px', '4.00', 'met']
-    assert list(rows['timm'].values()) == ['69.90 at 32 px', 'no size', '–', '**not met**']
+    assert list(rows['B+'].values()) == ['74.00 at 32 px', '16 px', '+0.00 ± 0.00', '4.00', 'met']
+    assert list(rows['timm'].values()) == ['69.90 at 32 px', 'no size', '–', '–', '**not met**']
     results['fixed'] = of('fixed', 40, 71, 70, gmacs=(1., 9., 4.), regime='off')
     rows, = answer(evidence, 'inference', results)
     assert rows['fixed']['best top-1'] == '71.00 at 24 px'
-    assert list(rows['B+'].values())[1:] == ['24 px', '2.00', '**not met**']
+    assert list(rows['B+'].values())[1:] == ['24 px', '+1.00 ± 0.00', '2.00', '**not met**']
+
+
+def test_what_one_seed_of_three_says_is_within_the_spread(evidence):
+    fixed = of('fixed', 40, 60, 70, regime='off')
+    for gains, verdict in (((3, 2, 1), 'met'), ((4, -1, -1), 'met, within the spread'), ((1, 1, -3), '**not met**')):
+        arm = [run_of('B+', seed, (70 + gain, 0, 0)) for seed, gain in enumerate(gains, 1)]
+        rows, = answer(evidence, 'inference', {'fixed': fixed, 'bplus': arm})
+        assert rows['B+']['aim'] == verdict
+
+
+def test_one_size_of_half_the_pixels_is_among_what_is_compared(evidence):
+    results = {'fixed': of('fixed', 40, 60, 70, regime='off'), 'specialist-16': of('fixed 16', 80, 9, 9, regime='off')}
+    for study in ('inference', 'accuracy'):
+        rows, = answer(evidence, study, results)
+        assert rows['fixed 16']['aim'] == 'met'
 
 
 def test_the_fixed_size_is_given_the_batch_that_suits_it(evidence):
@@ -277,7 +292,7 @@ def test_the_fixed_size_is_given_the_batch_that_suits_it(evidence):
         assert accuracy['B+']['error'] == '+4.0%'
         results['specialist-16'], results['specialist-24'] = of('16', 70, 0, 0), of('24', 0, 72, 0)
         results['small-bplus-anneal-steps'] = results['bplus']
-        assert answer(evidence, 'resilience', results)[0]['B+']['32 px'] == '-1.00'
+        assert answer(evidence, 'resilience', results)[0]['B+']['32 px, its specialist: in 16'] == '-1.00'
 
 
 def test_what_was_trained_at_one_size_is_given_its_better_statistics(evidence):
@@ -306,7 +321,7 @@ def test_cheaper_training_needs_both_the_accuracy_and_the_cost(evidence):
         results = {'fixed': of('fixed', 40, 60, 70), 'small-bplus-cheap': of('B+', 40, accuracy, 50, training=cost)}
         row = answer(evidence, 'training', results)[0]['B+']
         assert row['aim'] == ('met' if met else '**not met**'), row
-        assert row['times fewer operations'] == f'{10 / cost:.2f}' and row['time'] == f'{cost / 10:.2f}'
+        assert row['times fewer operations'] == f'{10 / cost:.2f}' and row['time'] == f'{cost / 10:.2f} ± 0.00'
     results['small-bplus-cheap'] = of('B+', 40, 70, 50, training=4, through=evidence('runs').IN_FLOAT32)
     assert answer(evidence, 'training', results)[0]['B+']['time'] == '–'  # no time of it compares
 
@@ -329,7 +344,8 @@ def test_times_are_compared_within_a_day(evidence):
     timm = [run_of('timm', seed, accuracies, training=t, date=day) for seed, t, day in (
         (1, 11., 'Mon'), (2, 52., 'Tue'), (3, 900., 'Wed'))]
     results = {'fixed': fixed, 'timm': timm, 'bplus': timm[2:]}
-    assert [evidence('studies').times_as_long(name, results) for name in results] == ['1.00', '1.20', '–']
+    assert [evidence('studies').times_as_long(name, results) for name in results] == [
+        '1.00 ± 0.25', '1.20 ± 0.14', '–']
 
 
 @pytest.mark.parametrize('fast', [True, False])
@@ -377,11 +393,22 @@ def test_a_module_is_run_in_that_way_with_its_own_arguments_and_exit_code(tmp_pa
 def test_resilience_compares_each_size_with_its_own_specialist(evidence):
     results = {'fixed': of('fixed', 0, 0, 70), 'specialist-16': of('16', 50, 0, 0), 'specialist-24': of('24', 0, 60, 0),
                'dplus-equal': of('D+', 51, 61, 69.5), 'small-dplus': of('small D+', 51, 59.5, 68)}
-    rows, = answer(evidence, 'resilience', results)
+    rows, _ = answer(evidence, 'resilience', results)
     assert list(rows['D+'].values()) == ['+1.00', '+1.00', '-0.50', 'met', 'met']
     assert list(rows['small D+'].values())[3:] == ['**not met**', '**not met**']
+    assert list(rows['D+'])[:2] == ['16 px, its specialist: 16', '24 px, its specialist: 24']
     results['specialist-16'] = []
     assert answer(evidence, 'resilience', results) == []
+
+
+def test_resilience_has_the_best_model_of_one_size_too_which_need_not_be_the_specialist(evidence):
+    results = {'fixed': of('fixed', 0, 40, 70), 'fixed-steps': of('small', 0, 70, 60),
+               'specialist-16': of('16', 50, 0, 0), 'specialist-24': of('24', 0, 60, 0),
+               'dplus-equal': of('D+', 51, 61, 69.5)}
+    own, best = (rows['D+'] for rows in answer(evidence, 'resilience', results))
+    assert own['24 px, its specialist: 24'] == '+1.00' and own['within 1 point of every one'] == 'met'
+    assert best['24 px, the best: small'] == '-9.00' and best['within 1 point of every one'] == '**not met**'
+    assert best['32 px, the best: fixed'] == own['32 px, its specialist: fixed'] == '-0.50'
 
 
 def test_what_goes_past_the_paper_beats_its_best_at_the_best_size_and_in_the_mean(evidence):
@@ -427,6 +454,7 @@ def test_the_page_has_every_number_with_its_arm(evidence, studied, tmp_path, mon
     monkeypatch.setattr(runs, 'RESULTS', tmp_path / 'results')
     monkeypatch.setattr(page, 'ROOT', tmp_path)
     monkeypatch.setattr(page, 'PAGE', tmp_path / 'results.md')
+    monkeypatch.setattr(page, 'ARMS', tmp_path / 'arms.md')
     monkeypatch.setattr(page, 'PLOTS', tmp_path / 'plots')
     monkeypatch.setattr(settings.Setting, 'names', classmethod(lambda cls: [setting.name]))
     folder = tmp_path / 'results' / setting.name
@@ -444,13 +472,13 @@ def test_the_page_has_every_number_with_its_arm(evidence, studied, tmp_path, mon
                 'training': {'gmacs': 1., 'seconds': 2., 'steps': 3}}))
     (folder / 'timm-1.json').write_text(json.dumps({'title': 'timm', 'seed': 1, 'failed': 'no memory', **place}))
     page.write_page()
-    text = (tmp_path / 'results.md').read_text(encoding='utf-8')
-    assert '63.75 ± 1.29' in text and '1 of 1 runs failed: no memory' in text and '0123456789abcdef' in text
-    assert '**Not finished:** 6 of ' in text  # the fourth seed is not one that was wanted
-    assert 'Not run: ' in text and 'a machine, cpu' in text
-    first, rest = text.split(f'## {setting.title}', 1)
+    judged, every_arm = ((tmp_path / name).read_text(encoding='utf-8') for name in ('results.md', 'arms.md'))
+    assert '63.75 ± 1.29' in judged and '1 of 1 runs failed: no memory' in judged and 'Not run: ' in judged
+    assert '**Not finished:** 6 of ' in every_arm  # the fourth seed is not one that was wanted
+    assert '0123456789abcdef' in every_arm and 'a machine, cpu' in every_arm
+    first, rest = judged.split('## How to read it', 1)
     assert '63.75 ± 1.29' in first and '61.50' not in first and '61.50' in rest  # two seeds of three are not in short
-    judged, every_arm = text.split('## Every arm at every size')
+    assert '61.50 ± 0.71' in every_arm
     assert '42.50' in every_arm and '42.50' not in judged  # what is not planned is shown, and judged nowhere
     assert {path.name for path in (tmp_path / 'plots').iterdir()} == {
         f'{setting.name}-size.png', f'{setting.name}-gmacs.png'}

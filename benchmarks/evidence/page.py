@@ -1,4 +1,4 @@
-"""docs/results.md and its plots, made of the results of all runs."""
+"""docs/results.md, docs/results-arms.md and the plots, made of the results of all runs."""
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -12,15 +12,18 @@ from mixsize_timm.plots import against_gmacs, against_size
 from .runs import read_results
 from .settings import CONTROL, Setting, make_arms, planned_arms
 from .studies import (
+    CONTROLS,
     NO_SIZE,
     NONE,
     SEEDS,
     Results,
     Study,
     as_used,
+    control_name,
     control_of,
     curve_of,
     fewer_operations,
+    half_size,
     make_studies,
     mean_top1,
     over_seeds,
@@ -31,57 +34,64 @@ from .studies import (
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'results.md'
+ARMS = ROOT / 'docs' / 'results-arms.md'
 PLOTS = ROOT / 'docs' / 'results'
-PLOTTED = ('timm', 'timm-progressive', 'timm-half', 'small-bplus', 'small-bplus-anneal-steps', 'half-bplus')
-IN_SHORT = (CONTROL, 'fixed-steps', 'timm', 'timm-progressive', 'timm-half', 'small-bplus', 'small-bplus-anneal-steps',
-            'half-bplus')
-HEADER = ['arm', 'seeds', 'best top-1', 'at', 'mean over sizes', 'training: operations', 'training: time',
-          'as good as fixed at', 'inference: times fewer operations']
+# what most is asked about, besides the control and one size of half the pixels; the plots have eight colours
+IN_SHORT = ('timm', 'timm-progressive', 'timm-half', 'small-bplus', 'small-bplus-anneal-steps', 'half-bplus')
+HEADER = ['arm', 'seeds', 'best top-1', 'at', 'at the base size', 'mean over sizes', 'training: operations', 'steps',
+          'time', 'as good as fixed at', 'inference: times fewer operations']
 HEAD = """# Results
 
-What MixSize gives on real images, beside training at one size and timm's scheduled sizes. This page is made by
-`python -m benchmarks.evidence page` out of the files in [benchmarks/results/evidence](../benchmarks/results/evidence),
-one for each run, with its commands, commit, machine and versions.
-[How the studies are made](../benchmarks/evidence/README.md).
+What MixSize gives on real images, beside training at one size and timm's scheduled sizes: top-1 in per cent, mean ±
+standard deviation over three seeds. This page is made by `python -m benchmarks.evidence page` out of
+[a file for each run](../benchmarks/results/evidence), with its commands, commit, machine and versions.
+[How the studies are made](../benchmarks/evidence/README.md); [every arm at every size](results-arms.md).
+"""
+HOW_TO_READ = """## How to read it
 
-* **Accuracies** are top-1 in per cent, mean ± standard deviation over the seeds, of the weights at the end of training.
-  With MixSize batch norm is calibrated for each size, on augmented images as in the paper. A model of one size, or of
-  timm's loader, is given the better of calibrated and own statistics at each size.
-* **Arms** have the same operations of training, if nothing else is said. The control is the first of each data set,
-  trained at one size; where the fixed size was trained in two batches, the better one is what others have to match.
-  "Mean 20 px" is the mean size over the images of an epoch, a "mean batch" that over its steps: as large as the
-  control's, where the paper's regimes have the control's batch at the base size, and larger ones below. On photographs
-  "B+, annealed, mean batch" is the preset `a144`; `a123` is the preset of that name.
-* **Costs** are over those of the control: operations are multiply-accumulates; times are of training steps with their
-  loading, on machines that did other work beside, over the control's of the same day, and only of runs whose processor
-  has the precision they train in.
-* **Sizes** "as good as fixed" and best sizes are read off the same means that are shown.
+* **Arms** have the same operations of training, if nothing else is said. *Fixed* is trained at one size, the control;
+  where it was trained in two batches, the better one is what others have to match. *B+* is MixSize with what small
+  images save spent on a larger batch, *D+* with it spent on more augmented duplicates ([the method](method.md)); "mean
+  20 px" is the mean size over the images of an epoch. *Annealed* regimes train small images early and large ones late.
+  The paper's have the control's batch at the base size, and larger ones below; *a mean batch* is that over the steps.
+  `a144` and `a123` are presets of ours, annealed, with the control's batch in the mean: `a123` is nine images of ten at
+  half the base size. timm's *scheduled* sizes are drawn for each step, its *progressive* ones grow during training.
+* **Accuracies** are of the weights at the end of training. With MixSize batch norm is calibrated for each size, on
+  augmented images as in the paper. A model of one size, or of timm's loader, is given the better of calibrated and own
+  statistics, for each run at each size.
+* **Costs** are over those of the first arm of the data set: operations are multiply-accumulates; times are of training
+  steps with their loading, on machines that did other work beside, over the control's of the same day, and only of runs
+  whose processor has the precision they train in. They are rough.
+* **Sizes** "as good as fixed" and best sizes are read off the same means that are shown. "Within the spread" are means
+  whose difference, seed by seed, is smaller than its deviation.
 * **Settings** were not chosen on the images that are measured on, but for this: that most images of half the size were
-  tried at all, on others, is what the specialist of 16 px had shown on them. Of an arm that is in none of these tables
-  single runs were made; they are [with the others](#every-arm-at-every-size), and judged nowhere.
+  tried at all, on others, is what the fixed size of 16 px had shown on them. Of an arm that is in none of these tables
+  single runs were made; they are [with the others](results-arms.md), and judged nowhere.
 * **CIFAR-10** is stored as JPEG here, of quality 75 with subsampled colour, and few of its images are trained on: its
   accuracies compare with each other, and lie under published ones.
+"""
+ARMS_HEAD = """# Every arm at every size
+
+What [the results](results.md) are read from, in the same words; made by the same command.
 """
 
 
 def write_page() -> None:
-    """Write the page and the plots."""
+    """Write both pages and the plots."""
     found = {name: _read(Setting.read(name)) for name in Setting.names()}
     settings = [Setting.read(name) for name, results in found.items() if any(results.values())]
-    parts = [HEAD, *_in_short(settings, found)]
-    for setting in settings:
-        parts.append(_overview(setting, found[setting.name]))
-    parts.append((Path(__file__).parent / 'summary.md').read_text(encoding='utf-8'))
+    parts = [HEAD, '## In short\n', *(_in_short(setting, found[setting.name]) for setting in settings), HOW_TO_READ,
+             (Path(__file__).parent / 'summary.md').read_text(encoding='utf-8')]
     titles = {name: study for setting in settings[:1] for name, study in make_studies(setting).items()}
     for number, (name, study) in enumerate(titles.items(), 1):
         parts.append(f'## {number}. {study.title}\n\n{study.question}\n')
         parts += filter(None, (_section(setting, make_studies(setting)[name], found[setting.name])
                                for setting in settings))
-    parts.append('## Every arm at every size\n')
-    parts += [_accuracies(setting, found[setting.name]) for setting in settings]
-    parts.append(_provenance(settings, found))
     PAGE.write_text('\n'.join(parts), encoding='utf-8')
-    print(f'{PAGE.relative_to(ROOT)} and plots in {PLOTS.relative_to(ROOT)} are written')
+    arms = (_every_arm(setting, found[setting.name]) for setting in settings)
+    ARMS.write_text('\n'.join([ARMS_HEAD, *arms, _provenance(settings, found)]), encoding='utf-8')
+    for path in (PAGE, ARMS):
+        print(f'{path.relative_to(ROOT)} is written')
 
 
 def _read(setting: Setting) -> Dict[str, List[Dict[str, Any]]]:
@@ -100,47 +110,45 @@ def _planned(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> Dict[s
     return {name: found[name] for name in planned_arms(setting)}
 
 
-def _in_short(settings: Sequence[Setting], found: Dict[str, Dict[str, List[Dict[str, Any]]]]) -> List[str]:
-    """The arms that most is asked about, of all settings in which each has all its seeds."""
-    rows = []
-    for setting in settings:
-        results = _whole(_planned(setting, found[setting.name]))
-        measured = [row for row in _measured(setting, results, IN_SHORT) if int(row[1]) >= SEEDS]
-        rows += [[setting.title if row is measured[0] else '', *row] for row in measured]
-    return ['## In short\n', *_table(['data and model', *HEADER], rows), ''] if rows else []
+def _in_short(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> str:
+    """The arms that most is asked about, those of them that have all their seeds, and the plots of them."""
+    results = _whole(_planned(setting, found))
+    names = [name for name in (*CONTROLS, half_size(setting), *IN_SHORT) if len(results.get(name, ())) >= SEEDS]
+    rows = _measured(setting, results, names)
+    return '\n'.join([f'### {setting.title}\n', *_table(HEADER, rows), '', *_plots(setting, results)]) if rows else ''
 
 
 def _measured(setting: Setting, results: Results, names: Sequence[str]) -> List[List[str]]:
     """A row of :data:`HEADER` for each arm that was run."""
     control, target, rows = curve_of(CONTROL, results), control_of(results), []
-    for name, arm in planned_arms(setting).items():
+    for name in names:
         curve = curve_of(name, results)
-        if name not in names or curve is None or control is None:
+        if curve is None or control is None:
             continue
         runs, best = [as_used(run) for run in results[name]], curve.sizes[curve.best]
-        match = fewer_operations(curve, target, setting.base_size)
-        inference = [f'{match[0]} px', f'{match[1]:.2f}'] if match else [NO_SIZE, NONE]
-        rows.append([arm.title, str(len(runs)), over_seeds(runs, lambda run, size=best: top1(run, size)), f'{best} px',
-                     over_seeds(runs, mean_top1), f'{curve.training["gmacs"] / control.training["gmacs"]:.2f}',
-                     times_as_long(name, results), *inference])
+        costs = [f'{curve.training[what] / control.training[what]:.2f}' for what in ('gmacs', 'steps')]
+        match = None if name in CONTROLS else fewer_operations(curve, target, setting.base_size)
+        none = NONE if name in CONTROLS else NO_SIZE
+        inference = [f'{match[0]} px', f'{match[1]:.2f}'] if match else [none, NONE]
+        top1s = (over_seeds(runs, lambda run, size=size: top1(run, size)) for size in (best, setting.base_size))
+        rows.append([curve.label, str(len(runs)), next(top1s), f'{best} px', next(top1s), over_seeds(runs, mean_top1),
+                     *costs, times_as_long(name, results), *inference])
     return rows
 
 
-def _overview(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> str:
-    found = _planned(setting, found)
-    results = _whole(found)
-    rows = _measured(setting, results, tuple(found))
-    if not rows:
-        return f'## {setting.title}\n\nNot run.\n'
-    made, wanted = sum(min(SEEDS, len(runs)) for runs in found.values()), SEEDS * len(found)
+def _every_arm(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> str:
+    """What all arms gave and cost, and their accuracies at every size."""
+    planned = _planned(setting, found)
+    made, wanted = sum(min(SEEDS, len(runs)) for runs in planned.values()), SEEDS * len(planned)
     unfinished = [f'**Not finished:** {made} of {wanted} runs have been made.\n'] if made < wanted else []
-    return '\n'.join([f'## {setting.title}\n', *unfinished, *_table(HEADER, rows), '', *_plots(setting, results)])
+    rows = _measured(setting, _whole(planned), tuple(planned))
+    return '\n'.join([f'## {setting.title}\n', *unfinished, *_table(HEADER, rows), '', _accuracies(setting, found)])
 
 
 def _plots(setting: Setting, results: Results) -> List[str]:
     """The control in the better of its batches and the arms beside it, as they are judged."""
-    curves = [replace(curve, calibrated=False) for curve in (control_of(results), *(
-        curve_of(name, results) for name in PLOTTED)) if curve is not None]
+    names = (control_name(results), half_size(setting), *IN_SHORT)
+    curves = [replace(curve, calibrated=False) for name in names if (curve := curve_of(name, results)) is not None]
     lines = []
     PLOTS.mkdir(exist_ok=True)
     for kind, plot in (('size', against_size), ('gmacs', against_gmacs)):
@@ -176,7 +184,7 @@ def _accuracies(setting: Setting, found: Dict[str, List[Dict[str, Any]]]) -> str
     control = curve_of(CONTROL, results)
     rows = [row for name, runs in results.items() for row in _rows(name, runs, control, setting.sizes)]
     header = ['arm', 'files', 'epochs', 'cost', 'seeds', 'statistics', *(f'{size} px' for size in setting.sizes)]
-    return '\n'.join([f'### {setting.title}\n', *_table(header, rows), ''])
+    return '\n'.join([*_table(header, rows), ''])
 
 
 def _rows(name: str, all_runs: Sequence[Dict[str, Any]], control: Optional[Curve],
@@ -203,7 +211,7 @@ def _provenance(settings: Sequence[Setting], found: Dict[str, Dict[str, List[Dic
         runs = [run for arm in found[setting.name].values() for run in arm]
         whole = [run for run in runs if 'failed' not in run]
         places = sorted({f'{run["machine"]}, {run["device"]}, {run["threads"]} thread{"s" * (run["threads"] > 1)}, '
-                         f'{run["precision"]}; {run["versions"]}' for run in whole})
+                         f'{"bf16" if run["options"].get("amp") else "float32"}; {run["versions"]}' for run in whole})
         commits = sorted({str(run['commit']) for run in runs})
         timed = with_bf16(whole)
         seconds = mean(run['training']['seconds'] for run in timed) if timed else 0

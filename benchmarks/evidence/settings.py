@@ -181,9 +181,8 @@ def _cheap(setting: Setting) -> Dict[str, Arm]:
     small = _mean_size(setting, setting.small)
     return {
         'small-bplus-cheap': _mixsize(setting, f'MixSize B+, {small}, {CHEAP} of the cost', setting.small, 'b+', CHEAP),
-        'small-bplus-anneal-steps-cheap': _mixsize(
-            setting, f'MixSize B+, {small}, annealed, mean batch of {setting.batch_size}, {CHEAP} of the cost',
-            setting.small, 'b+', CHEAP, anneal=1., batch_size=setting.steps_batch_size),
+        'small-bplus-anneal-steps-cheap': _mixsize(setting, f'{_annealed(setting)}, {CHEAP} of the cost', setting.small,
+                                                   'b+', CHEAP, anneal=1., batch_size=setting.steps_batch_size),
         'half-bplus-cheap': _mixsize(setting, f'MixSize a123, {CHEAP} of the cost', _half(setting), 'b+', CHEAP,
                                      anneal=1.),
         'fixed-cheap': Arm(f'fixed {setting.base_size} px, {CHEAP} of the cost', OFF,
@@ -226,9 +225,8 @@ def _beyond(setting: Setting) -> Dict[str, Arm]:
     small, smaller = (_mean_size(setting, options) for options in (setting.small, setting.smaller))
     return {
         'small-bplus-anneal': _mixsize(setting, f'MixSize B+, {small}, annealed', setting.small, 'b+', anneal=1.),
-        'small-bplus-anneal-steps': _mixsize(
-            setting, f'MixSize B+, {small}, annealed, mean batch of {setting.batch_size}', setting.small, 'b+',
-            anneal=1., batch_size=batch_size),
+        'small-bplus-anneal-steps': _mixsize(setting, _annealed(setting), setting.small, 'b+', anneal=1.,
+                                             batch_size=batch_size),
         'fixed-steps': Arm(f'fixed {setting.base_size} px, batch of {batch_size}', {**OFF, 'batch_size': batch_size},
                            round(setting.budget / (images * setting.gmacs(setting.base_size)))),
         'smaller-bplus': _mixsize(setting, f'MixSize B+, {smaller}', setting.smaller, 'b+'),
@@ -237,6 +235,13 @@ def _beyond(setting: Setting) -> Dict[str, Arm]:
                                      grad_smoothing=False),
         'half-bplus-even': _mixsize(setting, 'MixSize a123, not annealed', _half(setting), 'b+'),
     }
+
+
+def _annealed(setting: Setting) -> str:
+    """The preset a144, or on CIFAR-10 what is made after it."""
+    if setting.small['mixsize'] == 's144':
+        return 'MixSize a144'
+    return f'MixSize B+, {_mean_size(setting, setting.small)}, annealed, mean batch of {setting.batch_size}'
 
 
 def _half(setting: Setting) -> Dict[str, Any]:
