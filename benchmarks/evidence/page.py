@@ -37,7 +37,7 @@ PAGE = ROOT / 'docs' / 'results.md'
 ARMS = ROOT / 'docs' / 'results-arms.md'
 PLOTS = ROOT / 'docs' / 'results'
 # what most is asked about, besides the control and one size of half the pixels; the plots have eight colours
-IN_SHORT = ('timm', 'timm-progressive', 'timm-half', 'small-bplus', 'small-bplus-anneal-steps', 'half-bplus')
+IN_SHORT = ('small-bplus', 'small-bplus-anneal-steps', 'half-bplus', 'timm', 'timm-progressive', 'timm-half')
 HEADER = ['arm', 'seeds', 'best top-1', 'at', 'at the base size', 'mean over sizes', 'training: operations', 'steps',
           'time', 'as good as fixed at', 'inference: times fewer operations']
 HEAD = """# Results
