@@ -4,7 +4,8 @@ import logging
 import os
 import pickle
 import shutil
-from typing import Any, Dict, List, Optional, Tuple
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -23,6 +24,8 @@ from .streaming import StreamBatches
 
 _logger = logging.getLogger(__name__)
 
+_NO_OPTIONS = ('params', 'lookahead_step')  # of an optimizer's groups
+_HISTORY = ('best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch', '_last_lr')  # of torch's plateau schedule
 BadImages = Dict[int, Tuple[str, str]]  # index -> path, reason
 
 
@@ -171,12 +174,9 @@ def _set_aside_torn(run: Any) -> None:
 def _restore_optimizer(run: Any, state: Dict[str, Any], path: str) -> None:
     if state['opt'] != run.args.opt:
         raise UsageError(f'{path} was trained with --opt {state["opt"]}, not {run.args.opt}')
-    kernels = [{key: group.get(key) for key in ('fused', 'foreach') if key in group}
-               for group in run.optimizer.param_groups]
     try:
-        load_full_optimizer_state(run.model, run.optimizer, state['optimizer'])
-        for group, chosen in zip(run.optimizer.param_groups, kernels):
-            group.update(chosen)  # for this device and precision, not those of the run so far
+        with _options_of_this_start(run.optimizer) as rates:
+            load_full_optimizer_state(run.model, run.optimizer, state['optimizer'])
     except (KeyError, ValueError) as error:
         raise UsageError(f'{path} does not fit the optimizer: resume with the arguments it was started with'
                          ) from error
@@ -185,13 +185,42 @@ def _restore_optimizer(run: Any, state: Dict[str, Any], path: str) -> None:
     if run.accelerator.scaler and state['scaler']:
         run.accelerator.scaler.load_state_dict(state['scaler'])
     if run.args.sched == 'plateau' and state['plateau']:
-        run.lr_scheduler.lr_scheduler.load_state_dict(state['plateau']['history'])
-        run.lr_scheduler.restore_lr = state['plateau']['restore_lr']
+        _restore_plateau(run, state['plateau'], rates)
+
+
+@contextmanager
+def _options_of_this_start(optimizer: Any) -> Iterator[List[Dict[str, Any]]]:
+    """Keep an optimizer's options while it is given the state of a run.
+
+    They are those that the run was started with but for what this start says otherwise, and kernels that suit this
+    device. What optimizers count stands beside them, but for timm's Lookahead.
+
+    Yields:
+        A list that gets the learning rates of each group as the run had them, the first one and the last.
+    """
+    options = [{key: value for key, value in group.items() if key not in _NO_OPTIONS}
+               for group in optimizer.param_groups]
+    rates: List[Dict[str, Any]] = []
+    yield rates
+    for group, stated in zip(optimizer.param_groups, options):
+        rates.append({key: group[key] for key in ('initial_lr', 'lr') if key in group})
+        group.update(stated)
 
 
 def _plateau_state(scheduler: Any) -> Dict[str, Any]:
     """State of timm's plateau schedule: its history, and the rates that noise was laid on."""
     return {'history': scheduler.lr_scheduler.state_dict(), 'restore_lr': scheduler.restore_lr}
+
+
+def _restore_plateau(run: Any, state: Dict[str, Any], rates: List[Dict[str, Any]]) -> None:
+    """Put the history of a plateau schedule back, and the rates that it came to if it began with those of today."""
+    history = {key: state['history'][key] for key in _HISTORY if key in state['history']}
+    run.lr_scheduler.lr_scheduler.load_state_dict(history)
+    groups = run.optimizer.param_groups
+    if [group['initial_lr'] for group in groups] == [rate.get('initial_lr') for rate in rates]:
+        for group, rate in zip(groups, rates):
+            group['lr'] = rate['lr']
+        run.lr_scheduler.restore_lr = state['restore_lr']
 
 
 def _plan_digest(run: Any) -> str:

@@ -1,9 +1,30 @@
-"""What the trackers of a run are told: Weights & Biases and TensorBoard, through Accelerate."""
+"""What is kept of each epoch: the summary, and what Weights & Biases and TensorBoard are told, through Accelerate."""
 import argparse
+import csv
 import os
 from typing import Any, Dict, List, Optional
 
 from accelerate import Accelerator
+
+
+def append_summary(path: str, row: Dict[str, Any]) -> None:
+    """Append an epoch to the summary, a CSV file; one with other columns, of a resumed run, is written anew with all.
+
+    timm's ``update_summary`` has each row under the header of the first.
+    """
+    rows: List[Dict[str, Any]] = []
+    if os.path.exists(path):
+        with open(path, newline='', encoding='utf-8') as file:
+            rows = [{name: row[name] for name in row if name} for row in csv.DictReader(file)]
+    columns = list(dict.fromkeys([*(rows[0] if rows else ()), *row]))
+    anew = not rows or len(columns) > len(rows[0])
+    with open(path + '.new' if anew else path, 'w' if anew else 'a', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, columns, restval='')
+        if anew:
+            writer.writeheader()
+        writer.writerows([*rows, row] if anew else [row])
+    if anew:
+        os.replace(path + '.new', path)
 
 
 def open_trackers(args: argparse.Namespace, accelerator: Accelerator, folder: str, wandb_id: Optional[str] = None

@@ -18,7 +18,7 @@ import yaml
 from safetensors import SafetensorError
 from timm.models import safe_model_name
 from timm.utils import distribute_bn, random_seed, unwrap_model
-from timm.utils.summary import trim_summary, update_summary
+from timm.utils.summary import trim_summary
 from torch import nn
 
 from .args import ARGS_FILE, mixing, model_dtype, output_folder, parse_args
@@ -48,13 +48,14 @@ from .memory import fit_micro_batches, scaled_by_area
 from .models import create_model
 from .processes import shards
 from .provenance import RUN_FILE, command_line, environment
+from .randomness import random_state, set_random_state
 from .regularization import SizeRegularization
 from .resume import newest_whole, restore, restore_timms, share_bad_images, tidy, training_state
 from .saver import CheckpointHistory, CheckpointInterval, CheckpointSaver, claim
 from .sharding import full_model_state, load_whole
 from .signals import StopRequest
 from .smoothing import GradientSmoother
-from .trackers import log_sizes, open_trackers
+from .trackers import append_summary, log_sizes, open_trackers
 
 _logger = logging.getLogger(__name__)
 
@@ -256,7 +257,12 @@ class Training:
 
     def _finish_epoch(self, epoch: int, train_metrics: Dict[str, float]) -> None:
         """Validate, write the summary, step the schedule and save."""
-        used, eval_metrics = self._validate(epoch)
+        before = random_state()
+        try:
+            used, eval_metrics = self._validate(epoch)
+        except Stopped:
+            set_random_state(before)  # it is validated anew, from here
+            raise
         train_metrics = {**train_metrics, **self._count_faults()}
         lr = sum(group['lr'] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
         if self.accelerator.is_main_process:
@@ -297,7 +303,9 @@ class Training:
     def _summarize(self, epoch: int, train_metrics: Dict[str, float], eval_metrics: Dict[str, float], lr: float
                    ) -> None:
         try:
-            update_summary(epoch, train_metrics, eval_metrics, os.path.join(self.folder, SUMMARY_FILE), lr=lr)
+            append_summary(os.path.join(self.folder, SUMMARY_FILE), {
+                'epoch': epoch, **{f'train_{k}': v for k, v in train_metrics.items()},
+                **{f'eval_{k}': v for k, v in eval_metrics.items()}, 'lr': lr})
         except OSError as error:  # training goes on, as it does where a checkpoint cannot be written
             _logger.error('Cannot write %s: %s', os.path.join(self.folder, SUMMARY_FILE), error.strerror)
 
@@ -337,7 +345,7 @@ class Training:
                              f'--resume {self.folder} measures again') from error
 
     def _measure_and_report(self) -> None:
-        sizes = self.data.regime.sizes if self.data.regime else (self.data.base_size,)
+        sizes = sorted({self.data.base_size, *(self.data.regime.sizes if self.data.regime else ())})
         model = self._used_model()
         stats = BatchNormStats(fingerprint(model))
         if self.data.validation is not None:

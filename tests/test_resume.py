@@ -1,4 +1,5 @@
 """Checkpoints of a run: kept, ranked, resumed in place or elsewhere; timm's own are read too."""
+import csv
 import json
 import os
 import shutil
@@ -12,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from timm.models import save_for_hf
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import CheckpointSaver
 
 from mixsize_timm import train
 from mixsize_timm.args import parse_args
 from mixsize_timm.checkpoint import copy_checkpoint, newest_checkpoint, run_folder
-from mixsize_timm.resume import _restore_optimizer
+from mixsize_timm.errors import STOPPED, Stopped
+from mixsize_timm.resume import _NO_OPTIONS, _restore_optimizer
 from mixsize_timm.saver import CheckpointHistory
 
 TINY = ['--model', 'test_resnet', '-j', '0', '-b', '8', '--opt', 'sgd', '--lr', '0.05', '--warmup-epochs', '0',
@@ -247,13 +250,71 @@ def test_without_the_optimizer_can_be_said_before_there_is_a_run(tmp_path, tiny)
     assert args.resume == ''
 
 
-def test_the_optimizers_kernels_are_those_of_this_start():
-    """They fit the device and the precision, which may be others now."""
+def test_the_optimizers_options_are_those_of_this_start():
+    """Of its kernels too, which fit the device and the precision; what it counts is the run's."""
     model = torch.nn.Linear(2, 2)
     saved = torch.optim.SGD(model.parameters(), lr=0.25, fused=True).state_dict()
+    saved['param_groups'][0]['step'] = 7  # as timm's Lamb has it
     run = SimpleNamespace(
-        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.5, foreach=True), smoother=None,
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.5, foreach=True, momentum=0.5), smoother=None,
         args=SimpleNamespace(opt='sgd', sched='cosine'), accelerator=SimpleNamespace(scaler=None))
     _restore_optimizer(run, {'opt': 'sgd', 'optimizer': saved, 'smoother': None, 'scaler': None}, 'last')
     group = run.optimizer.param_groups[0]
-    assert group['lr'] == 0.25 and not group['fused'] and group['foreach']
+    assert group['lr'] == 0.5 and group['momentum'] == 0.5 and group['step'] == 7
+    assert not group['fused'] and group['foreach']
+
+
+@pytest.mark.parametrize('name', [name for name in list_optimizers() if not name.startswith(('bnb', 'fused', 'kron'))])
+def test_every_optimizer_of_timm_counts_beside_its_options(name):
+    """Else a resumed run would put what it counted back to where it began. Those left out want CUDA or a compiler."""
+    model = torch.nn.Linear(4, 4)
+    optimizer = create_optimizer_v2(model, opt=name, lr=0.01, weight_decay=0.1)
+    before = [{key: str(value) for key, value in group.items() if key not in _NO_OPTIONS}
+              for group in optimizer.param_groups]
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(2, 4)).square().mean().backward(create_graph=name == 'adahessian')
+        optimizer.step()
+    after = [{key: str(group[key]) for key in options} for group, options in zip(optimizer.param_groups, before)]
+    assert after == before
+
+
+@pytest.mark.parametrize('before, after, rate', [
+    (['--sched', 'cosine'], ['--sched', 'none', '--lr', '0.01'], 0.01),
+    (['--sched', 'cosine'], ['--sched', 'plateau', '--lr', '0.01'], 0.01),
+    (['--sched', 'plateau', '--patience-epochs', '0'], ['--lr', '0.01'], 0.01),
+    (['--sched', 'cosine'], ['--start-epoch', '0'], 0.05),
+])
+def test_a_rate_that_is_asked_for_at_a_resumption_is_the_rate(run, before, after, rate):
+    folder = run('--epochs', 1, *before)
+    assert train.main(['--resume', str(folder), '--epochs', '2', '--stop-epoch', '2', *after]) == 0
+    rows = list(csv.DictReader((folder / 'summary.csv').open()))
+    assert float(rows[0 if '--start-epoch' in after else 1]['lr']) == rate
+
+
+def test_a_plateau_goes_on_at_the_rate_that_it_came_to(run, monkeypatch):
+    """And with the patience of today: only what it counted is the run's."""
+    monkeypatch.setattr(train, 'validate', lambda models, *_: [{'loss': 1., 'top1': 50., 'top5': 100.}] * len(models))
+    folder = run('--epochs', 3, '--sched', 'plateau', '--patience-epochs', '0', '--decay-rate', '0.5')
+    assert train.main(['--resume', str(folder), '--epochs', '4', '--patience-epochs', '9']) == 0
+    rates = [float(row['lr']) for row in csv.DictReader((folder / 'summary.csv').open())]
+    assert rates == [0.05, 0.05, 0.025, 0.0125]  # that of the last epoch was left by the third
+
+
+def test_a_stop_inside_the_validation_of_timms_loader_changes_nothing(image_folder, tmp_path, monkeypatch):
+    """timm's loader draws from the generator that dropout draws from."""
+    arguments = [*TINY[:TINY.index('--mixsize-sizes')], '--data-dir', str(image_folder), '--epochs', '2', '--mixsize',
+                 'off', '--drop', '0.3', '--output', str(tmp_path), '--experiment']
+    original, calls = train.Training._before_batch, []
+    assert train.main([*arguments, 'whole']) == 0
+
+    def stop(self):
+        calls.append(1)
+        if len(calls) == 1:
+            raise Stopped('SIGTERM')
+        original(self)
+
+    monkeypatch.setattr(train.Training, '_before_batch', stop)
+    assert train.main([*arguments, 'stopped']) == STOPPED
+    assert train.main(['--resume', str(tmp_path / 'stopped')]) == 0
+    assert same(tmp_path / 'whole' / 'last', tmp_path / 'stopped' / 'last')

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.sdk.wandb_run import Run
 
 from mixsize_timm import train
+from mixsize_timm.trackers import append_summary
 
 RUN = ['--model', 'test_resnet', '-j', '0', '-b', '96', '--lr', '0.005', '--epochs', '2', '--log-interval', '5']
 
@@ -111,3 +112,14 @@ def test_wandb_keeps_them_offline_with_project_and_tags(tracked):
     (first, new), (again, continued) = started.pop('runs')
     assert first == again and (new, continued) == (None, 'allow')  # a run that goes on is the same one there
     assert started == {'project': 'sizes', 'tags': ['one', 'two'], 'name': 'run'}
+
+
+def test_a_row_with_other_columns_stands_under_its_own(tmp_path):
+    """Such as of a resumed run without validation, whose rate stood under the loss."""
+    path = tmp_path / 'summary.csv'
+    for row in ({'epoch': 0, 'eval_loss': 2, 'lr': 0.5}, {'epoch': 1, 'eval_loss': 1, 'lr': 0.4},
+                {'epoch': 2, 'lr': 0.3}, {'epoch': 3, 'eval_top1': 50, 'lr': 0.2}, {'epoch': 4, 'lr': 0.1}):
+        append_summary(str(path), row)
+    assert path.read_text().splitlines() == [
+        'epoch,eval_loss,lr,eval_top1', '0,2,0.5,', '1,1,0.4,', '2,,0.3,', '3,,0.2,50', '4,,0.1,']
+    assert [file.name for file in tmp_path.iterdir()] == ['summary.csv']
