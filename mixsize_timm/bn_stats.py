@@ -75,7 +75,7 @@ class BatchNormStats:
             if nearest != size:
                 _logger.warning('Not calibrated for %d px: the statistics of %d px are used; mixsize calibrate makes '
                                 'those of %d px', size, nearest, size)
-            statistics = self.by_size[nearest]
+            statistics = {**(self.own or {}), **self.by_size[nearest]}  # not those of a size that was applied before
         buffers = dict(model.named_buffers())
         for name, tensor in statistics.items():
             if name not in buffers or buffers[name].shape != tensor.shape:
@@ -88,12 +88,16 @@ class BatchNormStats:
 
         Args:
             path: The file.
-            keep_others: Keep the sizes of a file that stood there and is of the same weights.
+            keep_others: Keep the sizes of a file that stood there and is of the same weights and layers.
         """
         if keep_others and os.path.exists(path):
             there = BatchNormStats.load(path)
             if there.weights == self.weights:
-                self.by_size = {**there.by_size, **self.by_size}
+                layers = {name for statistics in self.by_size.values() for name in statistics}
+                others = {size: statistics for size, statistics in there.by_size.items() if set(statistics) == layers}
+                if len(others) < len(there.by_size):
+                    _logger.warning('Statistics in %s are of other layers of the model, and are not kept', path)
+                self.by_size = {**others, **self.by_size}
         tensors = {f'{size}/{name}': tensor for size, statistics in self.by_size.items()
                    for name, tensor in statistics.items()}
         save_file(tensors, path + '.new', metadata={

@@ -28,6 +28,7 @@ def calibrate(
         *,
         variance: str = 'population',
         reduce: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
+        frozen: bool = False,
 ) -> nn.Module:
     """A copy of a model with batch-norm statistics computed afresh over a loader's images (arXiv 1908.08986).
 
@@ -44,6 +45,8 @@ def calibrate(
         variance: ``population``, over all images, which adds the variance of the batches' means to the mean of their
             variances; or ``batch``, the latter alone, as the authors' reference code has it.
         reduce: Sums a tensor over processes, each with batches of its own; all must call.
+        frozen: Serve layers with frozen affine parameters too, whose statistics moved in training all the same. No
+            parameter of the copy requires a gradient then.
 
     Returns:
         The copy, in evaluation mode.
@@ -61,6 +64,8 @@ def calibrate(
     if variance not in VARIANCES:
         raise ValueError(f'variance must be one of {", ".join(VARIANCES)}, not {variance!r}')
     model = copy.deepcopy(model).eval()
+    if frozen:
+        model.requires_grad_(False)
     layers = calibrated_layers(model)
     warn_of_unserved(model)
     if not layers:
@@ -83,12 +88,12 @@ def calibrated_layers(model: nn.Module) -> Dict[str, nn.Module]:
     in_training = any(p.requires_grad for p in model.parameters())  # else nothing was frozen on purpose
     return {name: m for name, m in model.named_modules()
             if isinstance(m, _SERVED) and getattr(m, 'running_var', None) is not None
-            and not (in_training and _frozen(m))}
+            and getattr(m, 'momentum', None) != 0 and not (in_training and _frozen(m))}
 
 
 def _frozen(layer: Any) -> bool:
     affine = [p for p in (getattr(layer, 'weight', None), getattr(layer, 'bias', None)) if p is not None]
-    return getattr(layer, 'momentum', None) == 0 or (bool(affine) and not any(p.requires_grad for p in affine))
+    return bool(affine) and not any(p.requires_grad for p in affine)
 
 
 def warn_of_unserved(model: nn.Module) -> None:

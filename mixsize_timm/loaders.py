@@ -8,6 +8,7 @@ from typing import Any, Dict, Optional, Tuple
 
 import torch
 from accelerate import Accelerator
+from PIL import ImageMode
 from timm.data import (
     AugMixDataset,
     FastCollateMixup,
@@ -30,7 +31,7 @@ from .regularization import SizeRegularization
 from .sampler import EpochPlan, describe_plan
 from .sizes import SizeProbe, fit_sizes
 from .streaming import create_stream, num_images
-from .workers import WorkerInit
+from .workers import WorkerError, WorkerInit
 
 _logger = logging.getLogger(__name__)
 
@@ -57,6 +58,23 @@ def fit_regime(args: argparse.Namespace, model: nn.Module, input_size: Tuple[int
     return regime
 
 
+class CheckedLabel:
+    """A target transform that refuses a label without a class, which a GPU would answer with a failed assertion.
+
+    Args:
+        num_classes: Number of classes of the model.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+
+    def __call__(self, label: Any) -> Any:
+        if not 0 <= label < self.num_classes:
+            raise WorkerError(f'a label is {label}, and with --num-classes {self.num_classes} labels go from 0 to '
+                              f'{self.num_classes - 1}: check both')
+        return label
+
+
 class EvaluationData:
     """The images that a model is measured and calibrated on, and their loaders at any size.
 
@@ -65,6 +83,7 @@ class EvaluationData:
         model: Tells the number of classes and the preprocessing.
         accelerator: Owns devices and processes.
     """
+    uses_train_labels = False  # there are images without any to calibrate on
 
     def __init__(self, args: argparse.Namespace, model: Any, accelerator: Accelerator) -> None:
         self.args = args
@@ -174,18 +193,23 @@ class EvaluationData:
         reduce = (lambda tensor: accelerator.reduce(tensor, 'sum')) if accelerator.num_processes > 1 else None
         with accelerator.autocast():
             loader = self.calibration_loader(size, self.num_calibration_batches(wanted))
-            return calibrate(model, loader, reduce=reduce)
+            try:  # layer decay leaves the statistics of frozen layers moving
+                return calibrate(model, loader, reduce=reduce, frozen=True)
+            except ValueError as error:
+                raise UsageError(f'cannot calibrate for {size} px: {error}') from error
 
     def _create_dataset(self, split: str, training: bool) -> Any:
         args = self.args
         options: Dict[str, Any] = dict(
             class_map=args.class_map, download=args.dataset_download, batch_size=args.batch_size, seed=args.seed,
-            input_img_mode=args.input_img_mode or ('RGB' if self.channels == 3 else 'L'), input_key=args.input_key,
-            target_key=args.target_key, trust_remote_code=args.dataset_trust_remote_code)
+            input_img_mode=self._image_mode(), input_key=args.input_key, target_key=args.target_key,
+            trust_remote_code=args.dataset_trust_remote_code)
         if args.task == 'multilabel':
             dense = args.target_format == 'multihot'
             options['target_transform'] = MultiLabelTarget(args.num_classes, dense=dense)
             options['target_format'] = args.target_format if dense else None
+        elif (self.uses_train_labels or not training) and not args.dataset.startswith('torch/'):  # those tell classes
+            options['target_transform'] = CheckedLabel(args.num_classes)
         if training:
             options.update(is_training=True, num_samples=args.train_num_samples, repeats=args.epoch_repeats)
         else:
@@ -200,6 +224,18 @@ class EvaluationData:
                 raise ValueError(f'--{name.replace("_", "-")} is for data that streams: leave it out')
         return dataset
 
+    def _image_mode(self) -> str:
+        """The PIL mode of images of as many channels as the model takes."""
+        mode = self.args.input_img_mode or ('RGB' if self.channels == 3 else 'L')
+        try:
+            channels = len(ImageMode.getmode(mode).bands)
+        except KeyError:
+            raise ValueError(f'PIL has no mode {mode!r}: check --input-img-mode') from None
+        if channels != self.channels:
+            raise ValueError(f'images of the mode {mode} and of the model differ in channels, {channels} and '
+                             f'{self.channels}: name another --input-img-mode, or --in-chans {channels}')
+        return mode
+
     def _reads_shards(self) -> bool:
         """Whether the data are shards read by :mod:`~mixsize_timm.shards`; tar without a regime is left to timm."""
         kind = self.args.dataset.partition('/')[0].lower() if '/' in self.args.dataset else ''
@@ -213,11 +249,12 @@ class EvaluationData:
             pin_memory=args.pin_mem, device=self.accelerator.device, use_prefetcher=not args.no_prefetcher,
             img_dtype=model_dtype(args) or torch.float32, distributed=self.accelerator.num_processes > 1)
         shared.update(kwargs)
-        if args.naflex_loader:
-            loader = create_naflex_loader(copy.copy(dataset), channels=self.channels,
-                                          patchify_channels_last=not args.naflex_patchify_channels_first, **shared)
-        else:
-            loader = (create or create_loader)(copy.copy(dataset), self.shape(size), **shared)
+        with refusing('cannot load the images'):
+            if args.naflex_loader:
+                loader = create_naflex_loader(copy.copy(dataset), channels=self.channels,
+                                              patchify_channels_last=not args.naflex_patchify_channels_first, **shared)
+            else:
+                loader = (create or create_loader)(copy.copy(dataset), self.shape(size), **shared)
         innermost: Any = getattr(loader, 'loader', loader)
         if type(getattr(innermost, 'worker_init_fn', None)) is not WorkerInit and isinstance(innermost, DataLoader):
             innermost.worker_init_fn = WorkerInit(innermost.worker_init_fn)
@@ -253,6 +290,7 @@ class Data(EvaluationData):
         accelerator: Owns devices and processes.
         plan_world_size: Processes that a resumed run's batches are rounded for, where it had others.
     """
+    uses_train_labels = True
 
     def __init__(self, args: argparse.Namespace, model: Any, accelerator: Accelerator,
                  plan_world_size: Optional[int] = None) -> None:
@@ -275,8 +313,7 @@ class Data(EvaluationData):
         self.mixup_fn: Optional[Mixup] = None  # for batches that no loader mixes
         self.loader = self._train_loader()
         if self.validation is not None:
-            with refusing('cannot load the validation images'):
-                self.validation_loader(self.base_size)
+            self.validation_loader(self.base_size)
         self.mean_batch: float = args.batch_size  # per process, what learning rates are scaled to; not MixSize's
         if args.train_img_sizes:
             self.mean_batch = self.loader.batch_sampler.average_batch_size
@@ -404,8 +441,7 @@ class Data(EvaluationData):
         dataset = self.train
         if args.aug_splits:
             dataset = AugMixDataset(copy.copy(dataset), num_splits=args.aug_splits)
-        with refusing('cannot load the training images'):
-            loader = self._loader(dataset, self.base_size, args.batch_size, **options, **self._augmentation())
+        loader = self._loader(dataset, self.base_size, args.batch_size, **options, **self._augmentation())
         if not len(loader):
             raise UsageError(f'{self.num_train_images} training images fill no batch: lower --batch-size')
         return loader

@@ -16,7 +16,7 @@ from . import architectures  # noqa: F401 - registers them
 from .args import ARGS_FILE, parse_args, read_yaml
 from .bn_stats import BN_STATS_FILE, BatchNormStats, input_size, model_at, set_input_size
 from .calibration import calibrated_layers
-from .checkpoint import EMA_FILE, MODEL_FILE, newest_checkpoint
+from .checkpoint import EMA_FILE, MODEL_FILE, STATE_JSON, newest_checkpoint
 from .errors import UsageError, refusing
 from .layout import CONFIG_FILE, KEY, check_folder, fetch, read_config
 
@@ -43,6 +43,8 @@ def create_model(args: argparse.Namespace) -> nn.Module:
             drop_block_rate=args.drop_block, global_pool=args.gp, bn_momentum=args.bn_momentum, bn_eps=args.bn_eps,
             scriptable=args.torchscript, checkpoint_path=args.initial_checkpoint if fresh else '',
             pretrained_cfg_overlay=overlay or None, **args.model_kwargs)
+        if not hasattr(model, 'num_classes'):
+            raise ValueError(f'a {type(model).__name__} is no classifier: check --model-kwargs')
         _init_head(args, model)
         if args.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)
@@ -138,6 +140,16 @@ class Checkpoint:
         with refusing(f'cannot load {self.name}'):
             path = os.path.join(self.folder, BN_STATS_FILE)
             return BatchNormStats.load(path) if self.folder and os.path.exists(path) else None
+
+    @property
+    def has_mixed_statistics(self) -> bool:
+        """Whether the weights were saved with the statistics of a training at mixed sizes.
+
+        Those that training goes on from were; those of the best epoch were calibrated, where its validation was.
+        """
+        if self.args is None or self.args.mixsize == 'off':
+            return False
+        return not self.args.calibrate_val or os.path.exists(os.path.join(self.folder, STATE_JSON))
 
     def _of_run(self, args: argparse.Namespace) -> nn.Module:
         options = self.model_args or {}
@@ -237,8 +249,8 @@ def load(
         The model in evaluation mode, on the CPU.
 
     Raises:
-        ValueError: There is no such checkpoint or it is not readable; or ``img_size`` is named and nothing was
-            calibrated for the model.
+        ValueError: There is no such checkpoint or it is not readable; or nothing was calibrated for the model, and
+            ``img_size`` is named or it was trained at mixed sizes.
 
     Example:
         >>> model = mixsize_timm.load('output/train/my-run', img_size=160)
@@ -255,6 +267,9 @@ def load(
         if img_size is None and (found.published or (found.args is None and base_size not in stats.sizes)):
             return loaded  # as it was exported; or not trained at mixed sizes, where at its own size its own are right
         return model_at(loaded, img_size or base_size)
+    if found.has_mixed_statistics:
+        raise ValueError(f'{checkpoint} was trained at mixed sizes, and its statistics are of no size: make them with '
+                         'mixsize calibrate, or take its own with own_stats=True')
     if img_size not in (None, base_size):
         raise ValueError(f'{checkpoint} has no statistics for other sizes than its own {base_size} px: make them with '
                          'mixsize calibrate, or take its own with own_stats=True')

@@ -138,6 +138,28 @@ def test_sizes_of_a_file_that_is_replaced_can_be_kept(tmp_path, model, stats):
     assert BatchNormStats.load(path).sizes == (24,)
 
 
+def test_a_size_with_fewer_layers_has_the_models_own_in_the_others(tmp_path, model, stats):
+    """Whatever was applied before it."""
+    first = next(iter(stats.by_size[16]))
+    del stats.by_size[16][first]
+    stats.attach(model)
+    own = model.get_buffer(first).clone()
+    model_at(model, 32)
+    assert not torch.equal(model.get_buffer(first), own)
+    model_at(model, 16)
+    assert torch.equal(model.get_buffer(first), own)
+
+
+def test_sizes_with_other_layers_are_not_kept(tmp_path, model, stats, caplog):
+    path = str(tmp_path / 'stats')
+    stats.by_size[16].popitem()
+    stats.save(path)
+    other = BatchNormStats(stats.weights)
+    other.add(96, model)
+    other.save(path, keep_others=True)
+    assert BatchNormStats.load(path).sizes == (32, 64, 96) and 'other layers' in caplog.text
+
+
 def test_a_model_without_statistics_says_where_they_come_from(model):
     with pytest.raises(ValueError, match='mixsize calibrate'):
         model_at(model, 32)

@@ -18,7 +18,7 @@ from timm.layers import (
 )
 from torch import nn
 
-from mixsize_timm.calibration import calibrate
+from mixsize_timm.calibration import calibrate, calibrated_layers
 
 
 def batches(count=3, size=16, length=4):
@@ -166,9 +166,21 @@ def test_frozen_layers_keep_their_statistics():
         assert torch.equal(calibrated[i].running_mean, torch.zeros(3)), i
 
 
+def test_frozen_layers_can_be_served_too():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model[1].requires_grad_(False)
+    images = [torch.randn(8, 3, 8, 8) + 3]
+    moved = calibrate(model, images, frozen=True)
+    assert not torch.equal(moved[1].running_mean, model[1].running_mean)
+    assert list(calibrated_layers(moved)) == ['1'] and not list(calibrated_layers(model))
+    assert model[0].weight.requires_grad and not moved[0].weight.requires_grad
+
+
 def test_a_model_for_inference_is_not_frozen():
-    model = nn.Sequential(nn.BatchNorm2d(3)).requires_grad_(False)
-    assert not torch.equal(calibrate(model, batches())[0].running_mean, torch.zeros(3))
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=0.)).requires_grad_(False)
+    moved, kept = calibrate(model, batches())
+    assert not torch.equal(moved.running_mean, torch.zeros(3))
+    assert torch.equal(kept.running_mean, torch.zeros(3))
 
 
 @pytest.mark.parametrize('layer', [BatchNormAct2d(3), nn.BatchNorm2d(3, affine=False)])

@@ -69,9 +69,39 @@ def test_a_part_of_a_run_can_be_named(run):
 
 
 def test_the_weights_without_average_do_not_take_its_statistics(run, caplog):
-    with pytest.raises(ValueError, match='no statistics for other sizes'):
-        load(str(run), img_size=16, use_ema=False)
+    for size in (16, 32, None):
+        with pytest.raises(ValueError, match='its statistics are of no size'):
+            load(str(run), img_size=size, use_ema=False)
     assert 'of other weights' in caplog.text
+
+
+def test_what_was_trained_at_mixed_sizes_and_never_calibrated_says_so(run, tmp_path):
+    """Its own statistics are an average over sizes; they are there for who asks by name."""
+    shutil.copytree(run, tmp_path / 'run')
+    (tmp_path / 'run' / 'last' / 'bn_stats.safetensors').unlink()
+    for place in ('', 'last', 'checkpoint-0', 'last/model.safetensors'):
+        with pytest.raises(ValueError, match='its statistics are of no size: make them with mixsize calibrate'):
+            load(str(tmp_path / 'run' / place))
+    own = load(str(tmp_path / 'run' / 'checkpoint-0'), own_stats=True)
+    assert torch.equal(outputs(own), outputs(of(run / 'checkpoint-0' / 'model_ema.safetensors')))
+    args = (tmp_path / 'run' / 'args.yaml').read_text()
+    (tmp_path / 'run' / 'args.yaml').write_text(args.replace('calibrate_val: 1', 'calibrate_val: 0'))
+    with pytest.raises(ValueError, match='its statistics are of no size'):
+        load(str(tmp_path / 'run' / 'best'))
+    (tmp_path / 'run' / 'args.yaml').write_text(args + "\nmixsize: 'off'\n")
+    assert torch.equal(outputs(load(str(tmp_path / 'run' / 'best'))), outputs(load(str(run / 'best'))))
+
+
+def test_a_regime_without_the_base_size_is_calibrated_for_it_too(tmp_path, image_folder):
+    assert train.main(['--data-dir', str(image_folder), '--model', 'test_resnet', '-b', '8', '-j', '0', '--epochs', '1',
+                       '--img-size', '32', '--num-classes', '2', '--mixsize-sizes', '24', '48', '--calibrate', '1',
+                       '--calibrate-val', '1', '--layer-decay', '0.6', '--layer-decay-no-opt-scale', '0.3',
+                       '--output', str(tmp_path), '--experiment', 'run']) == 0
+    stats = BatchNormStats.load(str(tmp_path / 'run' / 'last' / 'bn_stats.safetensors'))
+    assert stats.sizes == (24, 32, 48)
+    model = load(str(tmp_path / 'run'))
+    norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    assert {len(layers) for layers in stats.by_size.values()} == {2 * norms}  # also what layer decay froze
 
 
 def test_a_run_that_was_stopped_between_two_renames_is_found(run, tmp_path):
