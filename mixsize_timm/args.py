@@ -336,7 +336,15 @@ def _check(args: argparse.Namespace, given: argparse.Namespace) -> None:
         raise UsageError(f'--local_rank {args.local_rank} contradicts LOCAL_RANK={os.environ["LOCAL_RANK"]}')
 
 
+def check_seed(args: argparse.Namespace) -> None:
+    """Refuse a ``--seed``, where one is named, that NumPy cannot take: each process adds its number to it."""
+    largest = 2**32 - int(os.environ.get('WORLD_SIZE') or 1)
+    if not 0 <= getattr(args, 'seed', 0) <= largest:
+        raise UsageError(f'--seed must be from 0 to {largest}, not {args.seed}')
+
+
 def _check_ranges(args: argparse.Namespace) -> None:
+    check_seed(args)
     for name in ('batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs', 'val_interval', 'log_interval',
                  'lr_base_size', 'checkpoint_hist', 'stop_epoch', 'train_batches_per_epoch', 'mixsize_batch_multiple'):
         value = getattr(args, name)
@@ -344,7 +352,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
             raise UsageError(f'{flag(name)} must be at least 1, not {value}')
     if abs(args.mixsize_anneal or 0) > 1:
         raise UsageError(f'--mixsize-anneal must be from -1 to 1, not {args.mixsize_anneal}')
-    for name in ('workers', 'calibrate', 'calibrate_val', 'seed', 'recovery_interval', 'mixsize_reg', 'epoch_repeats',
+    for name in ('workers', 'calibrate', 'calibrate_val', 'recovery_interval', 'mixsize_reg', 'epoch_repeats',
                  'aug_repeats', 'start_epoch', 'max_nonfinite', 'worker_timeout', 'train_pad'):
         if (getattr(args, name) or 0) < 0:
             raise UsageError(f'{flag(name)} must not be negative, not {getattr(args, name)}')
@@ -435,7 +443,11 @@ def _check_augmentation(args: argparse.Namespace) -> None:
 
 
 def check_crop(args: argparse.Namespace) -> None:
-    """Refuse ``--train-pad`` where something else says how training images are cropped."""
+    """Refuse bounds of a crop that are no pair, and ``--train-pad`` where something else says what the crop is."""
+    for name in ('scale', 'ratio'):
+        bounds = getattr(args, name)
+        if bounds is not None and len(bounds) != 2:
+            raise UsageError(f'{flag(name)} takes two numbers, the least and the largest, not {len(bounds)}')
     if not args.train_pad:
         return
     parser = build_parser()

@@ -241,11 +241,21 @@ def _create_distillation(args: argparse.Namespace, model: nn.Module, data: Data,
         else:
             task = LogitDistillationTask(model, args.kd_model_name, loss_type=args.kd_loss_type,
                                          temperature=args.kd_temperature, **options)
-    takes = SizeProbe(task.teacher.model, data.channels, data.sizes[0])
+    _check_teacher(args, task.teacher.model, data)
+    return task
+
+
+def _check_teacher(args: argparse.Namespace, teacher: Any, data: Data) -> None:
+    """Refuse a teacher whose classifier timm has drawn anew for the student's classes, or that refuses a size."""
+    classes = teacher.pretrained_cfg.get('num_classes')
+    if args.kd_distill_type != 'feature' and classes not in (None, args.num_classes):
+        raise UsageError(f'--kd-model-name {args.kd_model_name}: it was trained for {classes} classes, and a '
+                         f'classifier of {args.num_classes} would be random: take another teacher, or '
+                         '--kd-distill-type feature')
+    takes = SizeProbe(teacher, data.channels, data.sizes[0])
     for size in data.sizes:
         if not takes(size):
             raise UsageError(f'the teacher does not take images of {size} px: {takes.reason}')
-    return task
 
 
 def _compile(args: argparse.Namespace, task: TrainingTask, num_shapes: int) -> None:

@@ -8,11 +8,12 @@ from typing import Any, List, Optional
 from timm.models import safe_model_name, save_for_hf
 from timm.utils import random_seed
 
-from .args import model_dtype
+from .args import check_seed, model_dtype
 from .bn_stats import BN_STATS_FILE, BatchNormStats, fingerprint
 from .calibration import calibrated_layers, warn_of_unserved
 from .checkpoint import MODEL_FILE, STATE_JSON
 from .errors import UsageError, check_writable, refusing, run_command
+from .failures import explaining
 from .layout import CONFIG_FILE, staged
 from .models import find_checkpoint
 from .parser import Parser
@@ -55,6 +56,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         raise UsageError(f'--calibrate must be at least 1, not {args.calibrate}')
     if any(size < 1 for size in args.sizes or ()):
         raise UsageError('--sizes must be positive')
+    check_seed(args)
     return args
 
 
@@ -80,6 +82,7 @@ class Calibration:
         self._look_around()
         check_writable(self.folder)
         self.data.open(train=True, validation=False)
+        self.data.calibration_loader(self.sizes[0])  # what a loader refuses is found here
 
     def _look_around(self) -> None:
         """Find what stands where the statistics will; those of other sizes are kept."""
@@ -110,8 +113,9 @@ class Calibration:
         random_seed(args.seed, self.accelerator.process_index)
         self.saved = copy.deepcopy(self.model) if self.saves_model else None  # in its own type
         self.model.to(device=self.accelerator.device, dtype=model_dtype(args))
-        for size in self.sizes:
-            self.stats.add(size, self.data.calibrate(self.model, size, self.args.calibrate))
+        with explaining(self.args):
+            for size in self.sizes:
+                self.stats.add(size, self.data.calibrate(self.model, size, self.args.calibrate))
         if self.accelerator.is_main_process:
             self._write()
         self.accelerator.end_training()

@@ -285,15 +285,20 @@ def check_classes(train: Dataset, validation: Optional[Dataset], num_classes: in
 
 
 def check_splits(train: Dataset, validation: Dataset, split: str) -> None:
-    """Refuse a validation split that timm has not found: it reads the whole folder then, training images and all.
+    """Refuse a split that timm has not found: it reads the whole folder then, the other split's images and all.
 
     Raises:
         ValueError: One split's images lie in the other's folder or file.
     """
     roots = [os.path.abspath(root) for root in map(_image_root, (train, validation)) if root]
-    if len(roots) == 2 and os.path.commonpath(roots) in roots:
+    if len(roots) < 2:
+        return
+    whole = os.path.commonpath(roots)
+    if whole == roots[1]:
         raise ValueError(f'no {split!r} split beside {roots[0]!r}: name one with --val-split, or none with '
                          '--val-split ""')
+    if whole == roots[0]:
+        raise ValueError(f'no training split beside {roots[1]!r}: name one with --train-split')
 
 
 def check_not_train(validation: Dataset, root: Optional[str], split: str, train_split: str) -> None:

@@ -14,7 +14,7 @@ from timm.task import ClassificationTask, MultiLabelClassificationTask
 from timm.utils import random_seed
 from torch import nn
 
-from .args import model_dtype
+from .args import check_seed, model_dtype
 from .bn_stats import BatchNormStats, fingerprint
 from .calibration import calibrated_layers, warn_of_unserved
 from .checkpoint import read_state
@@ -22,6 +22,7 @@ from .curves import all_answers, answer_lines, format_table, make_curves
 from .datasets import check_classes
 from .engine import in_format, validate
 from .errors import UsageError, check_writable, refusing, run_command
+from .failures import explaining
 from .loaders import EvaluationData
 from .measure import describe_weights, measure_sizes, measure_speed, training_cost
 from .models import Checkpoint, find_checkpoint
@@ -89,6 +90,7 @@ def _calibrate(text: str) -> Any:
 
 
 def _check(args: argparse.Namespace) -> None:
+    check_seed(args)
     if args.calibrate != KEPT and args.calibrate < 0:
         raise UsageError(f'--calibrate must not be negative, not {args.calibrate}')
     if any(size < 1 for size in args.sizes or ()):
@@ -138,6 +140,9 @@ class Evaluation:
                 check_classes(data.validation if data.train is None else data.train, data.validation,
                               subject.args.num_classes)
             self.sizes.append(subject.sizes(model, data, args.sizes))
+            data.validation_loader(self.sizes[-1][0])  # what a loader refuses is found here
+            if self._counted and calibrated_layers(model):
+                data.calibration_loader(self.sizes[-1][0])
             if args.calibrate == KEPT and calibrated_layers(model):
                 stats = found.statistics()
                 if stats is None or not stats.attach(model):
@@ -167,7 +172,8 @@ class Evaluation:
 
     def run(self) -> None:
         """Measure every checkpoint, print the table and write the report."""
-        checkpoints = [self._measure(number) for number in range(len(self.found))]
+        with explaining(self.args):
+            checkpoints = [self._measure(number) for number in range(len(self.found))]
         if self.accelerator.is_main_process:
             self._report(checkpoints)
         self.accelerator.end_training()

@@ -35,7 +35,7 @@ from .models import create_model
 from .parser import Parser
 from .provenance import environment
 from .regime import Regime
-from .sampler import EpochPlan, describe_annealing, describe_plan, size_batches
+from .sampler import EpochPlan, describe_annealing, describe_plan, epoch_batches, size_batches
 from .smoothing import GradientSmoother
 
 TOLERANCE = 1.01  # a step of so many base steps is not said to cost more: batches are whole numbers
@@ -126,6 +126,11 @@ class EpochCost:
     def num_steps(self) -> int:
         """Optimizer steps of an epoch."""
         return sum(map(self.steps, self.batches))
+
+    @property
+    def begins(self) -> bool:
+        """Whether the first epoch has a step, which an annealed one of few images may lack."""
+        return any(epoch_batches(self.regime, self.num_images, self.world_size, self.drop).values())
 
     @property
     def left_out(self) -> int:
@@ -292,12 +297,15 @@ class PlannedData(Data):
         EvaluationData.__init__(self, args, model, accelerator)
         self.plan_world_size = processes
         self.mean_batch = args.batch_size
+        self.regime = fit_regime(args, model, self.config['input_size'])
+        self.loader_regime = self.regime or (self._one_size() if args.fast_loader else None)
         if num_images is None:
             self.open(train=True, validation=False)
             with refusing('the data set does not say how many images it has: name it with --num-images'):
-                num_images = len(self.train)
+                # timm's loader has the length of what it reads, in one process and rounded
+                num_images = self.num_train_images if self.loader_regime else len(self.train)
         self.num_images_planned = num_images
-        self.regime = fit_regime(args, model, self.config['input_size'])
+        self._mixup()  # for what it refuses
 
     def _resolve_config(self, model: Any) -> Dict[str, Any]:
         return resolve_data_config(vars(self.args), model=model)
@@ -409,11 +417,11 @@ class Planner:
         shared = dict(num_images=data.num_images_planned, gmacs=gmacs, world_size=data.plan_world_size,
                       grad_accum_steps=args.grad_accum_steps)
         self.fixed = EpochCost(fixed, drop='reference', **shared)  # as timm's loader
-        self.cost = EpochCost(data.regime, drop=args.mixsize_drop, **shared) if data.regime else self.fixed
-        for cost in (self.cost, self.fixed):
-            if not cost.num_steps:
-                raise UsageError(f'{cost.num_images} images on {cost.world_size} processes make no batch at any size: '
-                                 'lower --batch-size')
+        planned = data.loader_regime
+        self.cost = EpochCost(planned, drop=args.mixsize_drop, **shared) if planned else self.fixed
+        if not (self.cost.num_steps and self.cost.begins):
+            raise UsageError(f'{self.cost.num_images} images on {self.cost.world_size} processes make no batch at any '
+                             'size: lower --batch-size')
         data.num_steps = self.cost.num_steps
         args.lr = scale_lr(args, data)
         nothing = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.lr)
@@ -446,7 +454,8 @@ class Planner:
             'base_batch': regime.base_batch * cost.world_size, 'mean_batch': regime.mean_batch * cost.world_size,
             'processes': cost.world_size, 'num_images': cost.num_images, 'epochs': self.num_epochs, 'lr': args.lr,
             'steps': cost.num_steps, 'fixed_steps': fixed.num_steps, 'left_out': cost.left_out,
-            'relative_pixels': cost.pixels / fixed.pixels, 'relative_gmacs': cost.epoch_gmacs / fixed.epoch_gmacs,
+            'relative_pixels': _over(cost.pixels, fixed.pixels),
+            'relative_gmacs': _over(cost.epoch_gmacs, fixed.epoch_gmacs),
             'training_gmacs': 3 * cost.epoch_gmacs * self.num_epochs, 'sizes': rows,
             'memory': self._describe_memory(memory), 'warnings': warnings, 'annealed': describe_annealing(regime),
             'costly': cost.costly, 'cure': self._cure() if cost.costly else None,
@@ -508,9 +517,10 @@ class Planner:
                 cost = self.cost.with_regime(batch_multiple=multiple)
             except ValueError:  # a batch rounds to zero
                 continue
-            rows.append({'multiple': multiple, 'batches': [row['batch'] for row in cost.rows()],
-                         'steps': cost.num_steps, 'peak_work': cost.regime.peak_work, 'left_out': cost.left_out,
-                         'relative_pixels': cost.pixels / self.fixed.pixels})
+            if cost.num_steps:
+                rows.append({'multiple': multiple, 'batches': [row['batch'] for row in cost.rows()],
+                             'steps': cost.num_steps, 'peak_work': cost.regime.peak_work, 'left_out': cost.left_out,
+                             'relative_pixels': _over(cost.pixels, self.fixed.pixels)})
         return rows
 
     def _describe_times(self, rows: List[Dict[str, Any]], times: Dict[Tuple[int, int], Optional[float]]
@@ -531,7 +541,12 @@ class Planner:
             row['relative_seconds'] = seconds / base_seconds if seconds and base_seconds else None
         seconds = epoch(self.cost)
         return {'epoch': seconds, 'run': None if seconds is None else seconds * self.num_epochs,
-                'fixed_epoch': epoch(self.fixed), 'processes': self.accelerator.num_processes}
+                'fixed_epoch': epoch(self.fixed) or None, 'processes': self.accelerator.num_processes}
+
+
+def _over(cost: float, fixed: float) -> Optional[float]:
+    """A cost over that of the fixed size; ``None`` where that has no step of whole batches."""
+    return cost / fixed if fixed else None
 
 
 def format_plan(plan: Dict[str, Any]) -> str:
@@ -577,9 +592,10 @@ def _table(rows: List[List[str]]) -> List[str]:
 
 
 def _format_epoch(plan: Dict[str, Any]) -> List[str]:
-    return [f'An epoch: {plan["steps"]} steps, {plan["relative_pixels"]:.3f}x the pixels and '
-            f'{plan["relative_gmacs"]:.3f}x the GMACs of one at {plan["base_size"]} px, which has '
-            f'{plan["fixed_steps"]} steps; images left out: {plan["left_out"]}',
+    fixed = (f', {plan["relative_pixels"]:.3f}x the pixels and {plan["relative_gmacs"]:.3f}x the GMACs of one at '
+             f'{plan["base_size"]} px, which has {plan["fixed_steps"]} steps' if plan['fixed_steps'] else
+             f'; one at {plan["base_size"]} px has none, for the images fill no batch')
+    return [f'An epoch: {plan["steps"]} steps{fixed}; images left out: {plan["left_out"]}',
             f'{plan["epochs"]} epochs: {plan["steps"] * plan["epochs"]} steps, {plan["training_gmacs"]:.3g} GMACs '
             'forward and backward',
             f'Learning rate {plan["lr"]:.4g}; mean batch {plan["mean_batch"]:.1f}']
@@ -615,8 +631,9 @@ def _format_cure(plan: Dict[str, Any]) -> List[str]:
 def _format_multiples(plan: Dict[str, Any]) -> List[str]:
     rows = [['multiple', 'steps', 'largest step', 'left out', 'epoch', 'batches']]
     for row in plan['multiples']:
-        rows.append([str(row['multiple']), str(row['steps']), f'{row["peak_work"]:.3f}x', str(row['left_out']),
-                     f'{row["relative_pixels"]:.4f}x', ' '.join(map(str, row['batches']))])
+        epoch = f'{row["relative_pixels"]:.4f}x' if row['relative_pixels'] else '-'
+        rows.append([str(row['multiple']), str(row['steps']), f'{row["peak_work"]:.3f}x', str(row['left_out']), epoch,
+                     ' '.join(map(str, row['batches']))])
     return ['With --mixsize-batch-multiple (pixels, as above):', '', *_table(rows)]
 
 

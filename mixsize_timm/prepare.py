@@ -15,6 +15,7 @@ import time
 import uuid
 from contextlib import closing, contextmanager, suppress
 from itertools import chain, islice
+from pathlib import PurePath
 from typing import (
     Any,
     BinaryIO,
@@ -452,8 +453,7 @@ class Preparation:
             if args.src != DIGITS and not args.src.lower().startswith('hfds/'):
                 raise UsageError(f'no data at {args.src}')
             args.dataset, args.src = args.src, ''
-        source, target = os.path.realpath(args.src or os.devnull), os.path.realpath(args.dst)
-        if os.path.commonpath([source, target]) == source:
+        if args.src and PurePath(os.path.realpath(args.dst)).is_relative_to(os.path.realpath(args.src)):
             raise UsageError(f'{args.dst} lies in {args.src}: choose a folder outside it')
 
     def _open(self, split: str) -> EncodedDataset:

@@ -6,6 +6,7 @@ the plan: so a run goes on exactly, without a state of its own.
 import copy
 import hashlib
 import logging
+import math
 import os
 import threading
 from contextlib import nullcontext, suppress
@@ -240,7 +241,7 @@ class ShardReader:
     """
 
     def __init__(self, shards: Shards, input_img_mode: str = 'RGB', is_training: bool = False, batch_size: int = 1,
-                 repeats: int = 0, seed: int = 42, window: int = WINDOW) -> None:
+                 repeats: float = 0, seed: int = 42, window: int = WINDOW) -> None:
         self.shards = shards
         self.input_img_mode = input_img_mode
         self.is_training = is_training
@@ -265,7 +266,7 @@ class ShardReader:
         """Images of this process in an epoch."""
         rank, world_size = self.process
         if self.is_training:
-            return self.num_samples * max(1, self.repeats) // world_size
+            return _repeated(self.num_samples, self.repeats) // world_size
         return self._range(rank, world_size)[1]
 
     def __iter__(self) -> Iterator[Tuple[Any, Any]]:
@@ -451,11 +452,16 @@ def part_of(plan: EpochPlan, first_step: int, rank: int, world_size: int, worker
     return Part(plan.epoch, number, len(needs), int(needs[:number].sum()), int(needs[number])), int(used)
 
 
+def _repeated(num_samples: int, repeats: float) -> int:
+    """Images of an epoch of several passes; the last one may be a part, rounded up as in timm's readers."""
+    return math.ceil(num_samples * max(1, repeats))
+
+
 def num_images(dataset: Any) -> int:
     """Images of an epoch over all processes, of a data set of any kind."""
     reader: Any = getattr(dataset, 'reader', None)
     if isinstance(dataset, IterableDataset) and getattr(reader, 'num_samples', None):
-        return reader.num_samples * max(1, getattr(reader, 'repeats', 0))
+        return _repeated(reader.num_samples, getattr(reader, 'repeats', 0))
     try:
         return len(dataset)
     except TypeError as error:
@@ -464,7 +470,7 @@ def num_images(dataset: Any) -> int:
 
 
 def create_stream(name: str, root: Optional[str], split: str, *, is_training: bool = False,
-                  num_samples: Optional[int] = None, batch_size: int = 1, seed: int = 42, repeats: int = 0,
+                  num_samples: Optional[int] = None, batch_size: int = 1, seed: int = 42, repeats: float = 0,
                   class_map: Any = None, input_key: Optional[str] = None, input_img_mode: str = 'RGB',
                   target_key: Optional[str] = None, target_format: Optional[str] = None,
                   target_transform: Optional[Callable] = None, window: int = WINDOW) -> IterableImageDataset:

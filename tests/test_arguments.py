@@ -227,7 +227,7 @@ DATA = [
     Row('dataset_download', '--dataset-download', lambda b: [call['download'] for call in b.calls['create_dataset']],
         [True, True]),
     Row('class_map', '--class-map {tmp}/classes.txt', lambda b: class_names(b.data.train), ['dog', 'cat']),
-    Row('input_img_mode', '--input-img-mode L', lambda b: b.data.train[0][0].mode, 'L'),
+    Row('input_img_mode', '--input-img-mode YCbCr', lambda b: b.data.train[0][0].mode, 'YCbCr'),
     Row('input_key', '--input-key picture', lambda b: b.data.train[0][0].size, (9, 9), HUGGING_FACE),
     Row('target_key', '--target-key kind', lambda b: b.data.train[0][1], 1, HUGGING_FACE),
     Row('target_key', '--target-key a,b,c', lambda b: b.data.train[0][1].tolist(), [0, 0, 1], TAGGED),

@@ -13,6 +13,7 @@ from mixsize_timm import calibrate_model, evaluate, load, train
 from mixsize_timm.bn_stats import BatchNormStats
 from mixsize_timm.calibration import calibrate
 from mixsize_timm.data import create_calibration_loader
+from mixsize_timm.loaders import EvaluationData
 
 
 @pytest.fixture
@@ -137,6 +138,8 @@ def test_a_checkpoint_of_a_run_is_never_made_a_folder_of_the_hub(tmp_path, image
     (['--data-dir', '{flat}', '--sizes', '-3'], '--sizes must be positive'),
     (['--data-dir', '{flat}', '--sizes', '32', '--calibrate', '0'], '--calibrate must be at least 1'),
     (['--data-dir', '{flat}/none', '--sizes', '32'], 'no data at'),
+    (['--data-dir', '{flat}', '--sizes', '32', '--aa', 'none'], 'cannot load the images'),
+    (['--data-dir', '{flat}', '--sizes', '32', '--seed', '-1'], '--seed must be from 0'),
 ])
 def test_what_cannot_work_is_one_line(hub_folder, unlabelled, capsys, options, message):
     before = sorted(hub_folder.iterdir())
@@ -150,6 +153,21 @@ def test_a_model_without_batch_norm_is_refused(tmp_path, unlabelled, capsys):
     save_for_hf(timm.create_model('test_vit', num_classes=2), str(tmp_path / 'vit'), safe_serialization=True)
     assert command(tmp_path / 'vit', '--data-dir', unlabelled, '--sizes', 160) == 2
     assert 'has no batch norm: there is nothing to calibrate' in capsys.readouterr().err
+
+
+def test_what_ends_a_calibration_is_one_line(hub_folder, unlabelled, monkeypatch, capsys):
+    def error_of():
+        assert command(hub_folder, '--data-dir', unlabelled, '--sizes', 32) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EvaluationData, 'calibration_loader', lambda *_: ())
+        assert error_of() == ('mixsize calibrate: error: cannot calibrate for 32 px: the loader gave no batch to '
+                              'calibrate on: lower its batch size or add images')
+    for path in unlabelled.iterdir():
+        path.write_bytes(b'broken')
+    assert error_of().startswith('mixsize calibrate: error: 10 images in a row cannot be read, the last one ')
+    assert not (hub_folder / 'bn_stats.safetensors').exists()
 
 
 def test_ctrl_c_leaves_what_was_there(hub_folder, unlabelled, monkeypatch, capsys):

@@ -136,6 +136,9 @@ def test_a_split_that_was_not_found_is_named(image_folder):
     check_splits(train, create_dataset('', str(image_folder), 'validation'), 'validation')
     with pytest.raises(ValueError, match="no 'test' split beside"):
         check_splits(train, create_dataset('', str(image_folder), 'test'), 'test')
+    with pytest.raises(ValueError, match="no training split beside '.*validation': name one with --train-split"):
+        check_splits(create_dataset('', str(image_folder), 'test'), create_dataset('', str(image_folder), 'validation'),
+                     'validation')
 
 
 @pytest.mark.parametrize('name', ['', 'torch/image_folder'])

@@ -229,6 +229,11 @@ ERRORS = [
     ('{weights} {weights} --model test_resnet --data-dir {data} --sizes 32', 'is given twice'),
     ('{weights} --model test_resnet --data-dir {data} --sizes 32 --output {weights}/x', 'cannot write to'),
     ('{weights} --model test_resnet --data-dir {alone} --sizes 32 --calibrate 0', "only 'train'"),
+    ('{weights} --model test_resnet --data-dir {data} --sizes 32 --interpolation none', 'cannot load the images'),
+    ('{weights} --model test_resnet --data-dir {data} --sizes 32 --aa none', 'cannot load the images'),
+    ('{weights} --model test_resnet --data-dir {data} --sizes 32 --ratio 1', '--ratio takes two numbers'),
+    ('{weights} --model test_resnet --data-dir {data} --sizes 32 --seed 4294967296', '--seed must be from 0'),
+    ('{weights} --model test_resnet --data-dir {data} --sizes 32 --input-img-mode L', 'differ in channels'),
     ('{runs}/mixed --num-classes 3', 'is a run, whose arguments say num_classes'),
     ('{runs}/mixed {runs}/fixed --names a a', 'was not trained at mixed sizes'),
     ('{weights} --model test_vit --data-dir {data} --sizes 32', 'cannot load'),
@@ -247,6 +252,30 @@ def test_what_cannot_work_is_one_line(tmp_path, image_folder, weights, runs, cap
     error = capsys.readouterr().err
     assert error.startswith('mixsize_timm.evaluate: error: ') and error.count('\n') == 1 and message in error
     assert [sorted(place.rglob('*')) for place in places] == before
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('split, calibrate', [('train', 1), ('validation', 0)])
+def test_images_that_cannot_be_read_are_one_line(tmp_path, image_folder, weights, capsys, split, calibrate, workers):
+    folder = shutil.copytree(image_folder, tmp_path / 'data')
+    for path in (folder / split).rglob('*.jpg'):
+        path.write_bytes(b'broken')
+    assert evaluate.main([str(weights), *of_folder(folder), '--sizes', '32', '--calibrate', str(calibrate), '-j',
+                          str(workers), '--output', str(tmp_path / 'report')]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith('mixsize_timm.evaluate: error: 10 images in a row cannot be read, the last one ')
+    assert f'{split}/' in line and line.endswith('not an image that PIL knows')
+    assert not (tmp_path / 'report').exists()
+
+
+def test_too_little_memory_is_one_line(tmp_path, image_folder, weights, monkeypatch, capsys):
+    def validate(*args):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 GiB')
+
+    monkeypatch.setattr(evaluate, 'validate', validate)
+    assert evaluate.main([str(weights), *of_folder(image_folder), '--sizes', '32', '--calibrate', '0', '--output',
+                          str(tmp_path / 'report')]) == 2
+    assert 'error: a batch does not fit into memory: use a smaller --batch-size (CUDA' in capsys.readouterr().err
 
 
 def test_a_report_is_not_overwritten_without_being_asked(tmp_path, image_folder, weights, capsys):

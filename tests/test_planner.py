@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mixsize_timm import cli, planner
+from mixsize_timm import cli, planner, streaming
 from mixsize_timm.measure import count_saved_bytes
 from mixsize_timm.planner import TOLERANCE, EpochCost, Memory, Planner, parse_plan_args
 from mixsize_timm.regime import Regime
@@ -26,6 +26,7 @@ from mixsize_timm.sizes import SizeProbe
 DOCS = Path(__file__).parents[1] / 'docs' / 'planner.md'
 TINY = ['--model', 'test_resnet', '--img-size', '32', '--num-classes', '5', '--device', 'cpu', '-b', '8']
 IMAGES = ['--num-images', '1000']
+OFF = ['--mixsize', 'off']
 NONE = ['--mixsize-sizes', '32', '48', '--mixsize-adapt', 'none']  # steps of 8 images
 
 regimes = st.builds(
@@ -318,9 +319,30 @@ def test_one_size_is_timms_loader(capsys):
     assert 'images left out: 3' in out and '--mixsize-batch-multiple' not in out
 
 
+def test_few_images_are_planned_as_they_are_trained(capsys, tmp_path):
+    few = ['--num-images', '3', '--mixsize-sizes', '32', '48', '--mixsize-adapt', 'none', '--memory', '1']
+    out = run(capsys, *TINY, *few, '--json', str(tmp_path / 'plan.json'))
+    assert 'An epoch: 1 steps; one at 32 px has none, for the images fill no batch; images left out: 1' in out
+    plan = json.loads((tmp_path / 'plan.json').read_text())
+    assert (plan['steps'], plan['fixed_steps'], plan['relative_pixels'], plan['relative_gmacs']) == (1, 0, None, None)
+    assert [row['multiple'] for row in plan['multiples']] == [1]  # of 8 there would be no batch
+    assert 'An epoch: 1 steps; one at 32 px' in run(capsys, *TINY, '--num-images', '3', *OFF, '--fast-loader')
+
+
+def test_the_images_that_stream_are_counted_over_all_processes(capsys, tmp_path, monkeypatch):
+    (tmp_path / 'train-0.tar').write_bytes(b'')
+    (tmp_path / 'info.json').write_text(json.dumps({'splits': {'train': {
+        'name': 'train', 'filenames': ['train-0.tar'], 'shard_lengths': [20], 'num_samples': 20}}}))
+    monkeypatch.setattr(streaming, '_process', lambda: (0, 2))
+    out = run(capsys, *TINY, *NONE, '--dataset', 'wds/x', '--data-dir', str(tmp_path), '--epoch-repeats', '1.5')
+    assert 'on 1 process, 30 images' in out
+
+
 @pytest.mark.parametrize('options, message', [
     (['--num-images', '0'], '--num-images must be above 0'),
-    (['--num-images', '3', '--mixsize', 'off'], 'make no batch at any size'),
+    (['--num-images', '3', *OFF], 'make no batch at any size'),
+    (['--num-images', '3', *NONE, '--mixsize-anneal', '1', '--epochs', '2'], 'make no batch at any size'),
+    ([*IMAGES, *OFF, '-b', '7', '--mixup', '0.2'], 'mixup and cutmix want an even --batch-size, not 7'),
     ([*IMAGES, '--memory', '-1'], '--memory must be above 0'),
     ([*IMAGES, '--mixsize-batch-multiple', '0'], '--mixsize-batch-multiple must be at least 1'),
     ([*IMAGES, '--mixsize-batch-multiple', '64', '--mixsize-sizes', '32', '48'], 'rounds to zero'),

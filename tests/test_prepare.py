@@ -1,4 +1,5 @@
 """``mixsize prepare``: a data set rewritten as shards, the same whatever happens in between."""
+import argparse
 import errno
 import importlib
 import io
@@ -8,7 +9,8 @@ import shlex
 import signal
 import tarfile
 import time
-from pathlib import Path
+from contextlib import nullcontext
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import psutil
@@ -21,6 +23,7 @@ from PIL import ExifTags, Image
 
 from mixsize_timm import prepare
 from mixsize_timm.datasets import class_names, create_dataset
+from mixsize_timm.errors import UsageError
 from mixsize_timm.parser import build_parser
 
 ROOT = Path(__file__).parents[1]
@@ -315,6 +318,18 @@ def test_what_cannot_work_is_one_line(source, tmp_path, capsys, argv, message):
     error = capsys.readouterr().err
     assert error.startswith('mixsize prepare: error: ') and error.count('\n') == 1 and message in error
     assert sorted(os.listdir(tmp_path)) == ['empty', 'file'] and 'out' not in os.listdir(source)
+
+
+@pytest.mark.parametrize('src, dst, message', [
+    ('C:\\img', 'D:\\out', ''), ('', 'D:\\out', ''), ('C:\\img', 'C:\\img2', ''),
+    ('C:\\img', 'c:\\IMG\\out', 'lies in'),
+])
+def test_folders_on_the_drives_of_windows_are_compared(monkeypatch, src, dst, message):
+    monkeypatch.setattr(prepare, 'PurePath', PureWindowsPath)
+    monkeypatch.setattr(prepare.os.path, 'realpath', str)
+    args = argparse.Namespace(dataset='hfds/x', src=src, dst=dst)
+    with pytest.raises(UsageError, match=message) if message else nullcontext():
+        prepare.Preparation._check_folders(argparse.Namespace(args=args))
 
 
 def test_parquet_without_pyarrow_is_one_line(source, tmp_path, monkeypatch, capsys):

@@ -25,7 +25,16 @@ from mixsize_timm.regime import Regime
 from mixsize_timm.sampler import MixSizeBatchSampler, plan_epoch
 from mixsize_timm.shards import Record, Shards, Targets, expand_braces, parquet_shards, tar_shards
 from mixsize_timm.smoothing import GradientSmoother
-from mixsize_timm.streaming import Part, PartReader, ShardReader, StreamBatches, create_stream, part_of, spans
+from mixsize_timm.streaming import (
+    Part,
+    PartReader,
+    ShardReader,
+    StreamBatches,
+    create_stream,
+    num_images,
+    part_of,
+    spans,
+)
 from mixsize_timm.train import main
 from mixsize_timm.workers import WorkerError
 
@@ -409,6 +418,17 @@ def test_loaders_of_timms_have_each_image_once_from_shards_in_evaluation_and_who
                           persistent_workers=False)
     batches = [targets.tolist() for _, targets in loader]
     assert len(batches) == len(loader) == 4 and all(len(batch) == 5 for batch in batches)
+
+
+@pytest.mark.parametrize('repeats, images', [(0., 24), (0.5, 24), (1.4, 34), (2., 48)])
+def test_an_epoch_repeats_the_images_any_number_of_times_rounded_up(tmp_path, repeats, images):
+    dataset = train_stream(write_tars(tmp_path / 'tars', [9, 8, 7]), repeats=repeats, batch_size=5)
+    assert num_images(dataset) == len(dataset) == images
+    assert len(list(dataset.reader)) == images // 5 * 5
+    loader = loader_of(dataset)
+    assert len(loader.dataset) == images
+    seen = np.bincount(sum((targets for _, targets, _ in batches_of(loader)), []))
+    assert images - 4 < seen.sum() <= images and seen.max() == -(-images // 24)
 
 
 def write_classes(folder):

@@ -23,6 +23,8 @@ TINY = ['--model', 'test_resnet', '-j', '0', '-b', '8', '--lr', '0.01', '--warmu
         '--num-classes', '2', '--mixsize-sizes', '24', '32', '--epochs', '2', '--log-interval', '1', '--calibrate', '2',
         '--calibrate-val', '1']
 OFF = ['--mixsize', 'off']
+DISTILLED = ['--model', 'deit_tiny_distilled_patch16_224', '--model-kwargs', 'embed_dim=48', 'depth=1', 'num_heads=2',
+             'dynamic_img_size=True']
 
 
 @pytest.fixture
@@ -77,8 +79,7 @@ def test_the_moving_average_on_the_cpu_is_saved_but_not_validated(run, caplog):
 
 @pytest.mark.parametrize('kind, extra', [
     ('logit', ['--task-loss-weight', 0.3]), ('feature', ['--distill-loss-weight', 2]),
-    ('token', ['--model', 'deit_tiny_distilled_patch16_224', '--model-kwargs', 'embed_dim=48', 'depth=1',
-               'num_heads=2', 'dynamic_img_size=True', '--mixsize', 'off', '--kd-token-distill-type', 'hard']),
+    ('token', [*DISTILLED, *OFF, '--kd-token-distill-type', 'hard']),
 ])
 def test_each_distillation_trains_the_student_and_leaves_the_teacher(run, teacher, kind, extra):
     folder, training = run('--kd-model-name', teacher, '--kd-distill-type', kind, '--epochs', 1, *extra,
@@ -95,6 +96,14 @@ def test_a_teacher_that_refuses_a_size_is_named_before_training(run, tmp_path):
     save_for_hf(timm.create_model('test_convnext', num_classes=2), str(tmp_path / 'teacher'), safe_serialization=True)
     with pytest.raises(UsageError, match='the teacher does not take images of 24 px'):
         run('--kd-model-name', f'local-dir:{tmp_path / "teacher"}')
+
+
+def test_a_teacher_of_other_classes_teaches_features_only(run, teacher):
+    options = ['--kd-model-name', teacher, '--num-classes', 3, '--epochs', 1, '--calibrate', 0]
+    for kind, extra in (('logit', []), ('token', [*DISTILLED, *OFF])):
+        with pytest.raises(UsageError, match='trained for 2 classes, and a classifier of 3 would be random'):
+            run(*options, '--kd-distill-type', kind, *extra, off=kind == 'token')
+    run(*options, '--kd-distill-type', 'feature')
 
 
 def test_jensen_shannon_divergence_over_splits_with_batch_norms_of_their_own(run, caplog):

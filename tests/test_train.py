@@ -257,7 +257,13 @@ TWO = [*DATA, '--num-classes', 2]
     ([*TWO, '--class-map', '{tmp}/nowhere.txt'], 'cannot open'),
     ([*TWO, '--val-split', 'nonsense'], "no 'nonsense' split beside"),
     ([*TWO, '--model-kwargs', 'x'], 'NAME=VALUE'),
-    ([*TWO, '--seed', '-1'], '--seed must not be negative'),
+    ([*TWO, '--seed', '-1'], '--seed must be from 0 to 4294967295, not -1'),
+    ([*TWO, '--seed', 2**32], '--seed must be from 0'),
+    ([*TWO, '--in-chans', 4], 'images of the mode L and of the model differ in channels, 1 and 4'),
+    ([*TWO, '--input-img-mode', 'L'], 'differ in channels, 1 and 3'),
+    ([*TWO, '--input-img-mode', 'nonsense'], "PIL has no mode 'nonsense'"),
+    ([*TWO, '--model-kwargs', 'features_only=True'], 'cannot make test_resnet: a FeatureListNet is no classifier'),
+    ([*TWO, '--scale', '0.5'], '--scale takes two numbers'),
     ([*TWO, '--mean', '0.5', '0.5'], '--mean and --std do not fit'),
     ([*TWO, '--smoothing', '1'], '--smoothing must be in [0, 1)'),
     ([*TWO, '--interpolation', 'nonsense'], 'cannot load the'),
@@ -269,6 +275,25 @@ def test_every_error_is_one_line_and_leaves_nothing(tmp_path, image_folder, caps
     (tmp_path / 'broken.safetensors').write_bytes(b'broken')
     assert message in error_of(capsys, *[str(a).format(tmp=tmp_path, data=image_folder) for a in argv])
     assert not (tmp_path / 'output').exists()
+
+
+@pytest.mark.parametrize('argv', [
+    ['-b', 1, '--mixsize', 'off'], ['-b', 4, '--micro-batch-size', 1]], ids=str)
+def test_a_batch_norm_of_single_values_is_one_line(tmp_path, image_folder, capsys, argv):
+    """At 32 px the last feature maps of the model are of one pixel."""
+    message = error_of(capsys, '--data-dir', image_folder, '--num-classes', 2, '--output', tmp_path, *argv)
+    assert 'use a larger --batch-size or --micro-batch-size' in message and 'no checkpoint was saved' in message
+
+
+@pytest.mark.parametrize('argv', [
+    [], ['-j', 1], ['--mixup', 0.5], ['-j', 1, '--mixup', 0.5, '--no-prefetcher'],
+    ['--mixsize', 'off', '-j', 1], ['--mixsize', 'off', '--mixup', 0.5]], ids=str)
+def test_a_label_without_a_class_is_one_line(tmp_path, image_folder, capsys, monkeypatch, argv):
+    """Found where the data do not tell how many classes they have, as tar shards may not."""
+    monkeypatch.setattr('mixsize_timm.loaders.check_classes', lambda *_: None)
+    message = error_of(capsys, '--data-dir', image_folder, '--num-classes', 1, '-b', 4, '--output', tmp_path, *argv)
+    assert message.endswith(
+        'error: a label is 1, and with --num-classes 1 labels go from 0 to 0: check both; no checkpoint was saved')
 
 
 def test_a_folder_with_a_run_is_not_overwritten(copy, tmp_path, image_folder, capsys):

@@ -123,6 +123,8 @@ VERDICTS = {
     '--naflex-patch-size-probs': _needs('--naflex-patch-sizes'),
     **{option: _needs('--kd-model-name') for option in (
         '--kd-distill-type', '--distill-loss-weight', '--task-loss-weight')},
+    '--kd-model-name': ('same', 'refused if it was trained for another number of classes, unless for features: timm '
+                                'draws its classifier anew'),
     '--kd-temperature': _needs('--kd-model-name', 'not of the kind `feature`'),
     '--kd-student-feature-dim': _needs('--kd-model-name', 'of the kind `feature`'),
     '--kd-teacher-feature-dim': _needs('--kd-model-name', 'of the kind `feature`'),
