@@ -49,6 +49,8 @@ def refusing(what: str = '') -> Iterator[None]:
     except (AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
             SafetensorError, YAMLError) as error:
         reason = ' '.join(str(error).split())[:500] or type(error).__name__
+        if isinstance(error, KeyError) and ' ' not in reason:  # the key alone
+            reason = f'{reason} is unknown'
         raise UsageError(f'{what}: {reason}' if what else reason) from error
 
 

@@ -61,6 +61,8 @@ def _line(error: Exception, args: argparse.Namespace) -> str:
     if text.startswith('Expected more than 1 value per channel'):  # batch norm's, in training
         return ('batch norm has a single value of each channel, of one image whose feature map is 1x1: use a larger '
                 '--batch-size or --micro-batch-size, or larger images')
+    if text.startswith(('Multi-label', 'Dense multi-label')):  # of timm, on a target
+        return f'{text} Check --num-classes and --target-format'
     if getattr(args, 'deterministic', False) and 'deterministic' in text:
         return f'--deterministic: {text[:300]}'
     lost = isinstance(error, torch.distributed.DistError) or any(word in text for word in _LOST)

@@ -43,8 +43,7 @@ def create_model(args: argparse.Namespace) -> nn.Module:
             drop_block_rate=args.drop_block, global_pool=args.gp, bn_momentum=args.bn_momentum, bn_eps=args.bn_eps,
             scriptable=args.torchscript, checkpoint_path=args.initial_checkpoint if fresh else '',
             pretrained_cfg_overlay=overlay or None, **args.model_kwargs)
-        if not hasattr(model, 'num_classes'):
-            raise ValueError(f'a {type(model).__name__} is no classifier: check --model-kwargs')
+        _check_classifier(model)
         _init_head(args, model)
         if args.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)
@@ -129,6 +128,7 @@ class Checkpoint:
                 return timm.create_model(pretrained=True, **options).eval()
             state = load_state_dict(self.weights, use_ema=self.use_ema)
             model: Any = timm.create_model(**options)
+            _check_classifier(model)
             classes = _num_classes(model, state)
             if classes != model.num_classes and 'num_classes' not in options:
                 model = timm.create_model(num_classes=classes, **options)
@@ -299,6 +299,11 @@ def _run_of(name: str, folder: str) -> str:
 def _run_args(run: str) -> argparse.Namespace:
     is_ours = 'mixsize' in read_yaml(os.path.join(run, ARGS_FILE))  # else it is of timm's script
     return parse_args(['--resume', run, *([] if is_ours else ['--mixsize', 'off'])])
+
+
+def _check_classifier(model: nn.Module) -> None:
+    if not hasattr(model, 'num_classes'):  # as of timm's features_only
+        raise ValueError(f'a {type(model).__name__} is no classifier: check --model-kwargs')
 
 
 def _num_classes(model: Any, state: Dict[str, torch.Tensor]) -> int:

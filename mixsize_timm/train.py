@@ -112,7 +112,8 @@ class Training:
         self.wandb_id: Optional[str] = None
         self.folder = self._choose_folder()
         self.history = CheckpointHistory(self.folder, args.checkpoint_hist)
-        self.micro_batch_size = self._choose_micro_batches()  # before a resumed optimizer's state takes memory
+        with explaining(args):  # before a resumed optimizer's state takes memory
+            self.micro_batch_size = self._choose_micro_batches()
         if self.resumed_from:
             restore(self, self.resumed_from)
         elif args.resume:

@@ -121,6 +121,11 @@ def test_a_file_needs_the_name_of_its_model_and_knows_its_classes(tmp_path, run)
         load(weights, model='test_vit')
 
 
+def test_what_gives_features_is_no_classifier(run):
+    with pytest.raises(UsageError, match='a FeatureListNet is no classifier'):
+        load(str(run / 'last' / 'model.safetensors'), model='test_resnet', features_only=True)
+
+
 def test_timms_checkpoints_are_read_without_running_what_is_in_them(tmp_path):
     model, average = (timm.create_model('test_resnet', num_classes=7).eval() for _ in range(2))
     path = str(tmp_path / 'model_best.pth.tar')

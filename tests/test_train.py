@@ -2,6 +2,7 @@
 import csv
 import json
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -14,6 +15,8 @@ from timm.optim import create_optimizer_v2
 
 from mixsize_timm import train
 from mixsize_timm.datasets import DigitsDataset
+from mixsize_timm.errors import UsageError
+from mixsize_timm.failures import explaining
 
 TINY = ['--model', 'test_resnet', '--img-size', '32', '-j', '0', '--opt', 'lamb', '--lr', '0.005', '--warmup-epochs',
         '0', '--log-interval', '1', '--calibrate', '2', '--calibrate-val', '1']
@@ -266,7 +269,7 @@ TWO = [*DATA, '--num-classes', 2]
     ([*TWO, '--scale', '0.5'], '--scale takes two numbers'),
     ([*TWO, '--mean', '0.5', '0.5'], '--mean and --std do not fit'),
     ([*TWO, '--smoothing', '1'], '--smoothing must be in [0, 1)'),
-    ([*TWO, '--interpolation', 'nonsense'], 'cannot load the'),
+    ([*TWO, '--interpolation', 'nonsense'], "cannot load the images: 'nonsense' is unknown"),
     ([*TWO, '--mixsize', 'off', '--model', 'vit_tiny_patch16_224', '--img-size', '100'], 'images of 100x100 px'),
     ([*TWO, '--model', 'convnext_atto', '--img-size', '16'], 'does not take images of'),
 ], ids=lambda value: value if isinstance(value, str) else '')
@@ -278,11 +281,19 @@ def test_every_error_is_one_line_and_leaves_nothing(tmp_path, image_folder, caps
 
 
 @pytest.mark.parametrize('argv', [
-    ['-b', 1, '--mixsize', 'off'], ['-b', 4, '--micro-batch-size', 1]], ids=str)
+    ['-b', 1, '--mixsize', 'off'], ['-b', 4, '--micro-batch-size', 1],
+    ['-b', 1, '--mixsize-adapt', 'none', '--micro-batch-size', 'auto']], ids=str)
 def test_a_batch_norm_of_single_values_is_one_line(tmp_path, image_folder, capsys, argv):
     """At 32 px the last feature maps of the model are of one pixel."""
     message = error_of(capsys, '--data-dir', image_folder, '--num-classes', 2, '--output', tmp_path, *argv)
-    assert 'use a larger --batch-size or --micro-batch-size' in message and 'no checkpoint was saved' in message
+    assert 'use a larger --batch-size or --micro-batch-size' in message
+    assert message.endswith('no checkpoint was saved') != ('auto' in argv)  # that one is tried before there is a run
+
+
+def test_a_target_that_timm_refuses_is_one_line():
+    with pytest.raises(UsageError, match=r'must be in \[0, 3\). Check --num-classes and --target-format$'), \
+            explaining(SimpleNamespace()):
+        timm.data.MultiLabelTarget(3)([0, 3])
 
 
 @pytest.mark.parametrize('argv', [
