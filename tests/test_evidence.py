@@ -127,6 +127,21 @@ def test_a_mean_batch_is_the_controls(evidence, studied, tmp_path):
         assert regime.mean_batch == pytest.approx(setting.batch_size, rel=0.05)
 
 
+def test_the_commands_that_are_kept_name_no_path_of_a_machine(evidence, studied, tmp_path, monkeypatch):
+    """However the folders are named."""
+    (tmp_path / 'here').mkdir()
+    (tmp_path / 'data').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    args = evidence('__main__')._parse(
+        ['inference', '--data', str(tmp_path / 'data'), '--work', str(tmp_path / 'here' / 'runs')])
+    assert (args.data, str(args.work)) == (os.path.join('..', 'data'), 'runs')
+    place = machine(evidence, args.work, data=args.data)
+    for setting, arms in studied:
+        words = [*evidence('runs').preparation_command(setting, place),
+                 *evidence('runs').training_command(setting, 'fixed', arms['fixed'], 1, place)]
+        assert not any(str(tmp_path) in word for word in words)
+
+
 def test_a_missing_run_is_made_and_one_that_is_there_is_not(evidence, studied, tmp_path, monkeypatch):
     runs, (setting, arms) = evidence('runs'), studied[0]
     monkeypatch.setattr(runs, 'RESULTS', tmp_path / 'results')

@@ -62,6 +62,8 @@ def _parse(argv: Optional[List[str]]) -> argparse.Namespace:
     studies = [name for name in STUDIES if name in args.study or 'all' in args.study]
     if studies and not os.path.isdir(args.data):
         parser.error(f'--data {args.data} is no folder')
+    # the files of the runs have them in their commands, and are published: no path of a machine
+    args.data, args.work = os.path.relpath(args.data), Path(os.path.relpath(args.work))
     args.runs = []
     for name in (args.setting or [name for name in Setting.names() if name.endswith(kind)]) if studies else ():
         setting = Setting.read(name)
